@@ -1,0 +1,58 @@
+# fma-nb: every target sets up what it needs in .venv, from nothing but Python >= 3.11 and make.
+.DEFAULT_GOAL := run
+.PHONY: run test lab data notebooks lint clean help
+
+PYTHON  ?= python3
+DATASET ?= fma_mini
+PRESET  ?= compact
+DEVICE  ?= auto
+ARGS    ?=
+# For example https://download.pytorch.org/whl/cpu: another build of PyTorch than PyPI's.
+TORCH_INDEX ?=
+
+VENV  := .venv
+READY := $(VENV)/.ready
+BIN   := $(VENV)/bin
+
+run: $(READY) ## environment, data, the five notebooks and the report (DATASET, PRESET, DEVICE, ARGS)
+	$(BIN)/fma-nb run --dataset $(DATASET) --preset $(PRESET) --device $(DEVICE) $(ARGS)
+
+test: lint ## environment, lint, unit and fault tests, nbval over notebooks/
+	$(BIN)/python -m pytest tests
+	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && FMA_NB_OUTPUTS=$$outputs \
+	  $(BIN)/python -m pytest --nbval --nbval-current-env \
+	  --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600 notebooks
+
+lint: $(READY) ## ruff over code and notebooks, mypy over the package
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: $(READY) ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks/01_eda.ipynb
+
+data: $(READY) ## download FMA's metadata and FMA-Small (7.2 GiB), resumable, verified
+	$(BIN)/fma-nb download metadata small
+
+notebooks: $(READY) ## execute the notebooks in place on fma_mini, so that their outputs can be committed
+	$(BIN)/python -m fma_nb.refresh
+
+clean: ## remove outputs and the synthetic dataset; keep .venv and downloaded data
+	find outputs -mindepth 1 -not -name README.md -delete
+	rm -rf data/raw/fma_mini data/raw/fma_mini_metadata data/spectrograms/fma_mini-*
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fma-nb needs Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Setting up $(VENV): a download of 3 GB with PyTorch's CUDA libraries, some minutes."
+	$(PYTHON) -m venv $(VENV)
+	@if [ -n "$(TORCH_INDEX)" ]; then \
+	  $(BIN)/pip install -q --index-url $(TORCH_INDEX) 'torch==2.11.*' 'torchaudio==2.11.*'; fi
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m ipykernel install --sys-prefix --name fma-nb --display-name fma-nb \
+	  --env CUBLAS_WORKSPACE_CONFIG :16:8
+	@touch $@

@@ -1,0 +1,164 @@
+"""The command line: ``fma-nb`` and ``python -m fma_nb``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fma_nb.project import DATASETS, FmaNbError, project_root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; print bad input as one sentence and return a non-zero exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except FmaNbError as error:
+        print(f"fma-nb: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fma-nb: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fma-nb",
+        description="Music genre classification on FMA-Small: data, spectrograms, notebooks, report.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_mini(commands)
+    _add_download(commands)
+    _add_spectrograms(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("run", help="execute the notebooks and write the report")
+    _add_data_options(command)
+    command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    command.add_argument("--only", default="", help="numbers of the notebooks to run, e.g. 03,04")
+    command.add_argument("--kernel", default="", help="Jupyter kernel (default: fma-nb, else python3)")
+    command.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the notebooks, e.g. -p epochs 20; may be repeated",
+    )
+    command.set_defaults(command=_run)
+
+
+def _add_data_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", default="fma_mini", help=f"one of {', '.join(DATASETS)}")
+    command.add_argument("--preset", default="compact", help="full or compact (default: compact)")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fma_nb.run import RunRequest, run_notebooks
+
+    request = RunRequest(
+        dataset=options.dataset,
+        preset=options.preset,
+        run=options.run,
+        device=options.device,
+        only=tuple(filter(None, options.only.split(","))),
+        kernel=options.kernel,
+        parameters=tuple((name, value) for name, value in options.parameters),
+    )
+    print(f"Done. Open {_shown(run_notebooks(request))} in a browser.")
+
+
+def _add_mini(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("mini", help="make fma_mini, the synthetic dataset")
+    command.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    command.set_defaults(command=_mini)
+
+
+def _mini(options: argparse.Namespace) -> None:
+    from fma_nb.mini import make_fma_mini
+
+    print(f"fma_mini (synthetic) is in {_shown(make_fma_mini(workers=options.workers))}")
+
+
+def _add_download(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from fma_nb.download import ARCHIVES, FMA_URL
+
+    names = list(ARCHIVES)
+    command = commands.add_parser("download", help="download and verify FMA's archives")
+    command.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    command.add_argument("--url", default=FMA_URL, help="folder to download from (default: %(default)s)")
+    command.add_argument("--archive", type=Path, help="use this zip file instead of downloading")
+    command.set_defaults(command=_download)
+
+
+def _download(options: argparse.Namespace) -> None:
+    from fma_nb.download import ARCHIVES, download
+
+    if options.archive and len(options.names) > 1:
+        raise FmaNbError("--archive names one file: give one NAME with it.")
+    for name in options.names:
+        folder = download(ARCHIVES[name], base_url=options.url, archive_path=options.archive)
+        print(f"fma_{name} is in {_shown(folder)}")
+
+
+def _add_spectrograms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("spectrograms", help="make the spectrogram PNGs of a dataset")
+    _add_data_options(command)
+    command.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    command.set_defaults(command=_spectrograms)
+
+
+def _spectrograms(options: argparse.Namespace) -> None:
+    from fma_nb.project import spectrogram_dir
+    from fma_nb.spectrogram import make_spectrograms
+
+    skipped = make_spectrograms(options.dataset, options.preset, workers=options.workers)
+    print(f"The spectrograms are in {_shown(spectrogram_dir(options.dataset, options.preset))}")
+    print(f"{len(skipped)} clips were skipped" + (":" if len(skipped) else "."))
+    for row in skipped.head(20).itertuples():
+        print(f"  {_shown(Path(row.path))}: {row.reason}")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("evaluate", help="evaluate a trained model on a split")
+    _add_data_options(command)
+    command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
+    command.add_argument("--model", default="crnn", help="baseline, crnn or crnn_no_gru")
+    command.add_argument("--split", default="val", choices=("train", "val", "test"))
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    command.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from fma_nb.evaluation import evaluate_run
+
+    run = options.run or options.dataset
+    print(evaluate_run(run, options.model, options.dataset, options.preset, options.split, options.device))
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("report", help="write a run's report again")
+    command.add_argument("--run", default="fma_mini", help="name of the run folder")
+    command.set_defaults(command=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fma_nb.report import write_report
+
+    print(f"Open {_shown(write_report(options.run))} in a browser.")
+
+
+def _shown(path: Path) -> str:
+    """Return a path relative to the project where it lies inside."""
+    root = project_root()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

@@ -1,0 +1,283 @@
+"""Stage 4, dataset: from the tree of PNGs to batches of a PyTorch ``DataLoader``.
+
+The PNGs are the dataset; the pack is a cache of the same pixels, one memory-mapped array a split, so
+that a batch is one gather instead of a hundred file reads. It is rebuilt by itself when a PNG is added,
+changed or removed. On a GPU the whole pack lives in device memory and batches never leave it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from numpy.lib.format import open_memmap
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fma_nb.project import SPLITS, FmaNbError, atomic_path, check_dataset, spectrogram_dir
+from fma_nb.spectrogram import get_preset, png_path, read_png
+
+PACK_VERSION = 1
+ROW_COLUMNS = ["track_id", "split", "genre", "n_frames", "size", "mtime_ns"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The clips of one split.
+
+    Attributes
+    ----------
+    images
+        Grey levels, highest band on top, uint8 [shape=(n_clips, n_mels, n_frames)], memory-mapped.
+    labels
+        Index into the pack's genres [shape=(n_clips,)].
+    track_ids
+        FMA's track ids [shape=(n_clips,)].
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    track_ids: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The spectrograms of a dataset, ready for training.
+
+    Attributes
+    ----------
+    dataset, preset
+        What it was made from.
+    genres
+        The class names in the order of the labels: alphabetical, always.
+    fingerprint
+        SHA-256 over every pixel, track id and label: two runs with the same one saw the same data.
+    splits
+        `Split` by name; only those whose folder exists.
+    """
+
+    dataset: str
+    preset: str
+    genres: tuple[str, ...]
+    fingerprint: str
+    splits: dict[str, Split]
+
+    @property
+    def n_frames(self) -> int:
+        """Return the number of frames of every image."""
+        return int(self.splits["train"].images.shape[2])
+
+    def split(self, name: str) -> Split:
+        """Return a split, or raise `FmaNbError` that says where its PNGs belong."""
+        if name not in self.splits:
+            folder = spectrogram_dir(self.dataset, self.preset) / name
+            raise FmaNbError(f"split {name!r} is empty: {folder} holds no <Genre>/<track_id>.png.")
+        return self.splits[name]
+
+
+def load_pack(dataset: str, preset: str) -> Pack:
+    """Open the pack of a dataset's spectrograms, building it first where it is missing or stale.
+
+    Raises
+    ------
+    FmaNbError
+        When there are no spectrograms, a split or genre has none, a PNG is unreadable, or a track
+        stands in two places.
+    """
+    check_dataset(dataset)
+    get_preset(preset)
+    folder = spectrogram_dir(dataset, preset)
+    rows = scan_pngs(folder)
+    _check_rows(rows, folder, dataset, preset)
+    pack_dir = folder / "pack"
+    pack_dir.mkdir(exist_ok=True)
+    with filelock.FileLock(pack_dir / ".lock"):
+        record = _read_record(pack_dir)
+        if record is None or record["state"] != _state_hash(rows):
+            record = _build(rows, folder, pack_dir)
+    genres = tuple(record["genres"])
+    splits = {name: _open_split(pack_dir, name, genres) for name in record["splits"]}
+    return Pack(dataset, preset, genres, record["fingerprint"], splits)
+
+
+def scan_pngs(folder: Path) -> pd.DataFrame:
+    """List the PNGs below a spectrogram folder: ``track_id, split, genre, size, mtime_ns``.
+
+    Raises
+    ------
+    FmaNbError
+        When a PNG's name is not a track id.
+    """
+    found: list[dict[str, Any]] = []
+    for split in SPLITS:
+        for genre_dir in sorted((folder / split).glob("*/")):
+            for png in sorted(genre_dir.glob("[!.]*.png")):
+                if not png.stem.isdecimal():
+                    raise FmaNbError(f"{png}: the name of a spectrogram must be a track id.")
+                status = png.stat()
+                found.append(
+                    {
+                        "track_id": int(png.stem),
+                        "split": split,
+                        "genre": genre_dir.name,
+                        "size": status.st_size,
+                        "mtime_ns": status.st_mtime_ns,
+                    }
+                )
+    return pd.DataFrame(found, columns=["track_id", "split", "genre", "size", "mtime_ns"])
+
+
+def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str) -> None:
+    if rows.empty:
+        command = f"fma-nb spectrograms --dataset {dataset} --preset {preset}"
+        raise FmaNbError(f"{folder} holds no spectrograms: make them with '{command}'.")
+    if rows["track_id"].duplicated().any():
+        twice = rows["track_id"][rows["track_id"].duplicated()].iloc[0]
+        raise FmaNbError(f"{folder}: track {twice} has two PNGs: remove one of them.")
+    for split in ("train", "val"):
+        if not (rows["split"] == split).any():
+            raise FmaNbError(f"split {split!r} is empty: {folder / split} holds no PNG.")
+    genres = set(rows["genre"])
+    for split, group in rows.groupby("split"):
+        for genre in sorted(genres - set(group["genre"])):
+            raise FmaNbError(f"genre {genre!r} has no tracks in {folder / str(split)}.")
+
+
+def _state_hash(rows: pd.DataFrame) -> str:
+    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
+
+
+def _read_record(pack_dir: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads((pack_dir / "pack.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return record if record.get("version") == PACK_VERSION else None
+
+
+def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path) -> dict[str, Any]:
+    """Write the arrays, then the row tables, and last the record that makes them valid."""
+    (pack_dir / "pack.json").unlink(missing_ok=True)
+    paths = [png_path(folder, r.split, r.genre, r.track_id) for r in rows.itertuples()]
+    sizes = [_image_size(path) for path in paths]
+    if len({height for height, _ in sizes}) > 1:
+        raise FmaNbError(f"{folder}: its PNGs differ in height: keep those of one preset only.")
+    rows = rows.assign(n_frames=[width for _, width in sizes])[ROW_COLUMNS]
+    height, width = sizes[0][0], max(width for _, width in sizes)
+    genres = sorted(set(rows["genre"]))
+    digest = hashlib.sha256(json.dumps([genres, height, width]).encode())
+    for split, group in rows.groupby("split", sort=False):
+        with atomic_path(pack_dir / f"{split}.npy") as temporary:
+            images = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(group), height, width))
+            for i, row in enumerate(group.itertuples()):
+                images[i] = _fit_width(read_png(png_path(folder, row.split, row.genre, row.track_id)), width)
+                digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
+                digest.update(images[i].tobytes())
+            images.flush()
+            del images
+        with atomic_path(pack_dir / f"{split}.csv") as temporary:
+            group.to_csv(temporary, index=False)
+    record = {
+        "version": PACK_VERSION,
+        "state": _state_hash(rows.drop(columns="n_frames")),
+        "fingerprint": digest.hexdigest(),
+        "genres": genres,
+        "splits": list(rows["split"].unique()),
+    }
+    with atomic_path(pack_dir / "pack.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError) as error:
+        raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
+
+
+def _fit_width(image: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
+    """Repeat a shorter clip from its start up to ``width`` frames: music, not invented silence."""
+    repeats = -(-width // image.shape[1])
+    return np.tile(image, repeats)[:, :width]
+
+
+def _open_split(pack_dir: Path, name: str, genres: tuple[str, ...]) -> Split:
+    rows = pd.read_csv(pack_dir / f"{name}.csv")
+    labels = np.array([genres.index(genre) for genre in rows["genre"]], dtype=np.int64)
+    # Copy-on-write: PyTorch warns about read-only arrays, and nothing here writes.
+    images = np.load(pack_dir / f"{name}.npy", mmap_mode="c")
+    return Split(images, labels, rows["track_id"].to_numpy(np.int64, copy=True))
+
+
+class SpectrogramDataset(Dataset[Batch]):
+    """A split as a PyTorch dataset that hands out whole batches by index.
+
+    Items are grey levels uint8 [shape=(n_mels, n_frames)] and the label; `to_input` turns a batch of
+    them into what a model takes. With ``device`` on a GPU all images are kept there.
+    """
+
+    def __init__(self, split: Split, device: torch.device | None = None) -> None:
+        device = device or torch.device("cpu")
+        self.images = torch.from_numpy(split.images).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return one clip's image and label."""
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a whole batch with one gather: images [shape=(batch, n_mels, n_frames)], labels."""
+        chosen = torch.tensor(indices, device=self.labels.device)
+        return self.images[chosen], self.labels[chosen]
+
+
+def make_loader(
+    split: Split,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> DataLoader[Batch]:
+    """Return a ``DataLoader`` over a split whose order depends on ``seed`` alone."""
+    return DataLoader(
+        SpectrogramDataset(split, device),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=_already_a_batch,
+    )
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch
+
+
+def to_input(images: Tensor) -> Tensor:
+    """Scale grey levels [shape=(batch, n_mels, n_frames)] to float [shape=(batch, 1, n_mels, n_frames)].
+
+    0 is 80 dB below the clip's maximum, 1 is the maximum.
+    """
+    return images.unsqueeze(1).float().div_(255)

@@ -1,0 +1,234 @@
+"""Stage 1, metadata: from FMA's ``tracks.csv`` to one flat index of the clips of a dataset.
+
+The index is the contract with every later stage: one row a track with the columns `INDEX_COLUMNS`.
+Notebook 01 teaches what is in it, and why the split by artist matters.
+
+References
+----------
+M. Defferrard, K. Benzi, P. Vandergheynst, X. Bresson: "FMA: A Dataset for Music Analysis", ISMIR 2017.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from fma_nb.project import (
+    SPLITS,
+    SYNTHETIC_DATASETS,
+    FmaNbError,
+    check_dataset,
+    clip_path,
+    metadata_dir,
+)
+
+GENRES = (
+    "Electronic",
+    "Experimental",
+    "Folk",
+    "Hip-Hop",
+    "Instrumental",
+    "International",
+    "Pop",
+    "Rock",
+)
+INDEX_COLUMNS = ["track_id", "split", "genre", "artist_id", "title", "path"]
+
+# FMA's wiki lists these clips of the small subset as cut short (the first three) or without audio.
+ERRATA = (98565, 98567, 98569, 99134, 108925, 133297)
+
+_SPLIT_NAMES = {"training": "train", "validation": "val", "test": "test"}
+_SUBSETS = {
+    "fma_mini": ("small",),
+    "fma_small": ("small",),
+    "fma_medium": ("small", "medium"),
+    "fma_large": ("small", "medium", "large"),
+}
+_NEEDED_COLUMNS = (
+    ("set", "split"),
+    ("set", "subset"),
+    ("track", "genre_top"),
+    ("track", "title"),
+    ("artist", "id"),
+)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The clips of a dataset, and those that were left out.
+
+    Attributes
+    ----------
+    tracks
+        One row a usable track, columns `INDEX_COLUMNS`, ordered by ``track_id``.
+    dropped
+        One row a track that was left out: ``track_id, path, reason``.
+    """
+
+    tracks: pd.DataFrame
+    dropped: pd.DataFrame
+
+    def summary(self) -> str:
+        """Return one line: how many tracks there are and how many were dropped for which reason."""
+        reasons = self.dropped["reason"].value_counts()
+        listed = "".join(f"; {count} {reason}" for reason, count in reasons.items())
+        return f"{len(self.tracks)} tracks, {len(self.dropped)} dropped{listed}"
+
+
+def read_tracks(path: Path) -> pd.DataFrame:
+    """Read FMA's ``tracks.csv``: 52 columns under two header rows, indexed by ``track_id``.
+
+    Raises
+    ------
+    FmaNbError
+        When the file is missing, has not FMA's header or columns, or is cut off.
+    """
+    try:
+        tracks = pd.read_csv(path, header=[0, 1], index_col=0, encoding="utf-8-sig", low_memory=False)
+    except FileNotFoundError as error:
+        raise FmaNbError(f"{path} is missing: get it with 'fma-nb download metadata'.") from error
+    except (
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+        UnicodeDecodeError,
+        IndexError,
+    ) as error:
+        raise FmaNbError(_damaged(path, str(error).splitlines()[-1])) from error
+    missing = [".".join(column) for column in _NEEDED_COLUMNS if column not in tracks.columns]
+    if missing:
+        raise FmaNbError(_damaged(path, f"no column {', '.join(missing)} under two header rows"))
+    _check_rows(tracks, path)
+    return tracks
+
+
+def _check_rows(tracks: pd.DataFrame, path: Path) -> None:
+    if not pd.api.types.is_integer_dtype(tracks.index):
+        raise FmaNbError(_damaged(path, "a track_id is not a whole number"))
+    if tracks.index.has_duplicates:
+        twice = tracks.index[tracks.index.duplicated()][0]
+        raise FmaNbError(_damaged(path, f"track {twice} stands in it twice"))
+    # The last column of a complete row is (track, title); FMA leaves it empty in one row of 106,574,
+    # so a cut is told by the columns that are never empty.
+    never_empty = tracks[[("set", "split"), ("set", "subset"), ("artist", "id")]]
+    cut = tracks.index[never_empty.isna().any(axis=1)]
+    if len(cut):
+        raise FmaNbError(_damaged(path, f"the row of track {cut[0]} is cut off"))
+
+
+def _damaged(path: Path, what: str) -> str:
+    return (
+        f"{path} is not FMA's tracks.csv or is damaged ({what}): "
+        "delete it and run 'fma-nb download metadata' again."
+    )
+
+
+def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    """Select the rows of a dataset and flatten them to the index columns.
+
+    The subsets are nested: ``fma_medium`` contains ``fma_small``. Tracks without a top genre, which
+    only ``fma_large`` has, are left out.
+
+    Raises
+    ------
+    FmaNbError
+        When a split or genre has a name that FMA does not use, or no row belongs to the dataset.
+    """
+    check_dataset(dataset)
+    chosen = tracks[tracks["set", "subset"].isin(_SUBSETS[dataset])]
+    chosen = chosen[chosen["track", "genre_top"].notna()]
+    if chosen.empty:
+        raise FmaNbError(f"dataset={dataset}: its tracks.csv has no row of this subset with a genre.")
+    rows = pd.DataFrame(
+        {
+            "track_id": chosen.index.to_numpy(),
+            "split": chosen["set", "split"].map(_SPLIT_NAMES).to_numpy(),
+            "genre": chosen["track", "genre_top"].astype(str).to_numpy(),
+            "artist_id": chosen["artist", "id"].astype(int).to_numpy(),
+            "title": chosen["track", "title"].fillna("").astype(str).to_numpy(),
+        }
+    )
+    if rows["split"].isna().any():
+        bad = chosen["set", "split"][rows["split"].isna().to_numpy()].iloc[0]
+        raise FmaNbError(f"tracks.csv: set.split={bad!r} is none of training, validation, test.")
+    rows["path"] = [str(clip_path(dataset, track_id)) for track_id in rows["track_id"]]
+    return rows.sort_values("track_id", ignore_index=True)[INDEX_COLUMNS]
+
+
+def check_index(rows: pd.DataFrame, dataset: str) -> None:
+    """Assert what the course relies on: known genres, full splits, no artist in two of them.
+
+    Raises
+    ------
+    FmaNbError
+        Naming the split, genre, artist or track that breaks a promise.
+    """
+    if dataset in ("fma_mini", "fma_small"):
+        unknown = sorted(set(rows["genre"]) - set(GENRES))
+        if unknown:
+            raise FmaNbError(f"{dataset}: genre {unknown[0]!r} is not one of {', '.join(GENRES)}.")
+    if rows["track_id"].duplicated().any():
+        twice = rows["track_id"][rows["track_id"].duplicated()].iloc[0]
+        raise FmaNbError(f"{dataset}: track {twice} stands in the index twice.")
+    counts = rows.groupby(["split", "genre"]).size().unstack(fill_value=0)
+    for split in SPLITS:
+        absent = [g for g in counts.columns if split not in counts.index or counts.loc[split, g] == 0]
+        if absent:
+            raise FmaNbError(f"{dataset}: split {split!r} has no track of genre {absent[0]!r}.")
+    check_artists(rows)
+
+
+def check_artists(rows: pd.DataFrame) -> None:
+    """Raise `FmaNbError` when an artist has tracks in two splits: that leaks the answer.
+
+    A model that knows an artist's sound scores on that artist, not on the genre (A. Flexer: "A Closer
+    Look on Artist Filters for Musical Genre Classification", ISMIR 2007).
+    """
+    splits = rows.groupby("artist_id")["split"].nunique()
+    shared = splits.index[splits > 1]
+    if len(shared):
+        raise FmaNbError(f"tracks.csv: artist {shared[0]} has tracks in more than one split.")
+
+
+def load_index(dataset: str) -> Index:
+    """Build the index of a dataset from its ``tracks.csv`` and the MP3s that are on the disk.
+
+    FMA's known broken clips are dropped by id, missing and empty files by name. Clips that turn out
+    to be undecodable are listed by the spectrogram stage, which decodes every one.
+
+    Raises
+    ------
+    FmaNbError
+        When the dataset is not there, its metadata is damaged or a promise of `check_index` is broken.
+    """
+    check_dataset(dataset)
+    tracks_csv = metadata_dir(dataset) / "tracks.csv"
+    if not tracks_csv.exists():
+        raise FmaNbError(f"{tracks_csv} is missing: {how_to_get(dataset)}.")
+    rows = dataset_rows(read_tracks(tracks_csv), dataset)
+    reasons = pd.Series(
+        [_drop_reason(int(row.track_id), Path(row.path)) for row in rows.itertuples()], dtype=object
+    )
+    kept = rows[reasons.isna()].reset_index(drop=True)
+    dropped = rows[reasons.notna()].assign(reason=reasons.dropna())[["track_id", "path", "reason"]]
+    if kept.empty:
+        raise FmaNbError(f"{dataset}: none of its {len(rows)} MP3s is there: {how_to_get(dataset)}.")
+    check_index(kept, dataset)
+    return Index(kept, dropped.reset_index(drop=True))
+
+
+def _drop_reason(track_id: int, path: Path) -> str | None:
+    if track_id in ERRATA:
+        return "on FMA's list of broken clips"
+    if not path.exists():
+        return "file missing"
+    return "file empty" if path.stat().st_size == 0 else None
+
+
+def how_to_get(dataset: str) -> str:
+    """Return the command that brings a dataset, to end an error message with."""
+    if dataset in SYNTHETIC_DATASETS:
+        return "make it with 'fma-nb mini'"
+    subset = dataset.removeprefix("fma_")
+    return f"get it with 'fma-nb download metadata {subset}'"

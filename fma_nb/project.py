@@ -1,0 +1,103 @@
+"""Where the project keeps its files, and the one error type meant for its users.
+
+Every stage of the pipeline finds ``data/`` and ``outputs/`` through this module, so that a notebook
+opened in JupyterLab (working directory ``notebooks/``), a papermill run (the caller's directory) and
+the command line all see the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+DATASETS = ("fma_mini", "fma_small", "fma_medium", "fma_large")
+SYNTHETIC_DATASETS = ("fma_mini",)
+SPLITS = ("train", "val", "test")
+
+
+class FmaNbError(Exception):
+    """Bad input, told in one sentence that names the file or parameter and the way out.
+
+    The command line prints the sentence without a traceback and exits with status 2.
+    """
+
+
+def project_root() -> Path:
+    """Return the folder that holds ``notebooks/``, ``data/`` and ``outputs/``."""
+    return Path(__file__).resolve().parent.parent
+
+
+def data_dir() -> Path:
+    """Return the data folder: ``$FMA_NB_DATA``, else ``data/`` in the project's root."""
+    return Path(os.environ.get("FMA_NB_DATA") or project_root() / "data")
+
+
+def outputs_dir() -> Path:
+    """Return the outputs folder: ``$FMA_NB_OUTPUTS``, else ``outputs/`` in the project's root."""
+    return Path(os.environ.get("FMA_NB_OUTPUTS") or project_root() / "outputs")
+
+
+def audio_dir(dataset: str) -> Path:
+    """Return the folder of a dataset's MP3s, laid out as ``000/000002.mp3``."""
+    return data_dir() / "raw" / dataset
+
+
+def metadata_dir(dataset: str) -> Path:
+    """Return the folder of the ``tracks.csv`` and ``genres.csv`` that describe a dataset.
+
+    Synthetic rows live in a folder of their own, so that they never mix with FMA's.
+    """
+    name = f"{dataset}_metadata" if dataset in SYNTHETIC_DATASETS else "fma_metadata"
+    return data_dir() / "raw" / name
+
+
+def spectrogram_dir(dataset: str, preset: str) -> Path:
+    """Return the folder of a dataset's spectrogram PNGs, ``{train,val,test}/<Genre>/000002.png``."""
+    return data_dir() / "spectrograms" / f"{dataset}-{preset}"
+
+
+def run_dir(run: str) -> Path:
+    """Return the folder of one run's notebooks, checkpoints, logs, metrics, figures and report."""
+    if not run or run in (".", "..") or Path(run).name != run:
+        raise FmaNbError(f"run={run!r} is not a plain folder name: choose one such as 'fma_small'.")
+    return outputs_dir() / run
+
+
+def clip_path(dataset: str, track_id: int) -> Path:
+    """Return the path of a clip's MP3 in FMA's layout: the first three of six digits name a folder."""
+    name = f"{track_id:06d}"
+    return audio_dir(dataset) / name[:3] / f"{name}.mp3"
+
+
+def check_dataset(dataset: str) -> None:
+    """Raise `FmaNbError` unless ``dataset`` is one of `DATASETS`."""
+    if dataset not in DATASETS:
+        raise FmaNbError(f"dataset={dataset!r} is unknown: choose one of {', '.join(DATASETS)}.")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` and rename it to ``path`` when the block succeeds.
+
+    A killed or failing writer leaves nothing under the final name. The temporary name starts with a
+    dot and ends in ``.tmp``, so that no reader takes it for data.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,229 @@
+"""The main job: execute the five notebooks headless, in order, through papermill.
+
+An executed notebook is kept with a key over everything it depends on: its source, its parameters, the
+package's code, the data and the metrics it reads. While the key holds, the notebook is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager
+from papermill.exceptions import PapermillExecutionError
+
+from fma_nb.dataset import load_pack, scan_pngs
+from fma_nb.evaluation import evaluation_splits
+from fma_nb.metadata import load_index
+from fma_nb.mini import make_fma_mini
+from fma_nb.project import (
+    SYNTHETIC_DATASETS,
+    FmaNbError,
+    check_dataset,
+    metadata_dir,
+    project_root,
+    run_dir,
+    spectrogram_dir,
+)
+from fma_nb.report import write_report
+from fma_nb.spectrogram import get_preset
+from fma_nb.training import TrainConfig, resolve_device
+
+NOTEBOOKS = ("01_eda", "02_spectrograms", "03_baseline", "04_crnn", "05_comparison")
+KERNEL = "fma-nb"
+
+# The metrics a notebook writes or reads: when they change or vanish, it has to run again.
+_METRICS = {
+    "03_baseline": ("baseline",),
+    "04_crnn": ("crnn", "crnn_no_gru"),
+    "05_comparison": ("baseline", "crnn", "crnn_no_gru"),
+}
+_NEEDS_AUDIO = ("01_eda", "02_spectrograms")
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What ``fma-nb run`` was asked for; ``parameters`` are the notebooks' own, as texts."""
+
+    dataset: str = "fma_mini"
+    preset: str = "compact"
+    run: str = ""
+    device: str = "auto"
+    only: tuple[str, ...] = ()
+    kernel: str = ""
+    parameters: tuple[tuple[str, str], ...] = ()
+
+
+def run_notebooks(request: RunRequest) -> Path:
+    """Run the notebooks that are not up to date; write their HTML and the report.
+
+    Returns
+    -------
+    report
+        Path of the report's ``index.html``.
+
+    Raises
+    ------
+    FmaNbError
+        Before any work for a wrong parameter or missing data; or with the cell, the error and the
+        half-run notebook when a cell fails.
+    """
+    names = _chosen(request.only)
+    run = request.run or request.dataset
+    parameters = _checked_parameters(request, names)
+    kernel = request.kernel or _default_kernel()
+    if request.dataset in SYNTHETIC_DATASETS:
+        make_fma_mini()
+    _check_data(request, names, parameters)
+    for i, name in enumerate(names, 1):
+        label = f"[{i}/{len(names)}] {name}"
+        own = {k: v for k, v in parameters.items() if k in notebook_parameters(name)}
+        if _is_up_to_date(name, own, run):
+            print(f"{label}: up to date", flush=True)
+        else:
+            print(f"{label}: running", flush=True)
+            _execute(name, own, run, kernel)
+    return write_report(run)
+
+
+def executed_path(run: str, name: str) -> Path:
+    """Return where a notebook's executed copy lies in a run folder."""
+    return run_dir(run) / "notebooks" / f"{name}.ipynb"
+
+
+def notebook_path(name: str) -> Path:
+    """Return a notebook's source."""
+    return project_root() / "notebooks" / f"{name}.ipynb"
+
+
+def notebook_parameters(name: str) -> dict[str, Any]:
+    """Return the parameters a notebook declares, with their default values, which also give the type."""
+    found = papermill.inspect_notebook(str(notebook_path(name)))
+    return {key: _literal(entry["default"]) for key, entry in found.items()}
+
+
+def _literal(text: str) -> Any:
+    return {"True": True, "False": False}.get(text) if text in ("True", "False") else _value(text)
+
+
+def _value(text: str) -> Any:
+    return json.loads(text.replace("'", '"').replace("_", "") if text[0] in "-0123456789" else text)
+
+
+def _chosen(only: Sequence[str]) -> list[str]:
+    for number in only:
+        if not any(name.startswith(number) for name in NOTEBOOKS):
+            raise FmaNbError(f"--only {number}: choose among 01, 02, 03, 04, 05.")
+    return [name for name in NOTEBOOKS if not only or name[:2] in {number[:2] for number in only}]
+
+
+def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, Any]:
+    """Turn the texts into values of the declared types, and refuse what cannot work."""
+    check_dataset(request.dataset)
+    get_preset(request.preset)
+    declared: dict[str, Any] = {}
+    for name in names:
+        declared |= notebook_parameters(name)
+    given = {
+        "dataset": request.dataset,
+        "preset": request.preset,
+        "run": request.run or request.dataset,
+        "device": request.device,
+    }
+    run_dir(given["run"])
+    for name, text in request.parameters:
+        if name not in declared:
+            known = ", ".join(sorted(declared))
+            raise FmaNbError(f"-p {name}: none of the chosen notebooks has it; they have {known}.")
+        given[name] = _typed(name, text, declared[name])
+    _check_values(given)
+    return given
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    training = {key: given[key] for key in ("epochs", "batch_size", "lr") if key in given}
+    replace(TrainConfig(), **training)
+    resolve_device(given["device"], given.get("gpu_memory_fraction", 1.0))
+    if given.get("n_seeds", 1) < 1:
+        raise FmaNbError(f"n_seeds={given['n_seeds']} must be at least 1.")
+
+
+def _check_data(request: RunRequest, names: Sequence[str], parameters: dict[str, Any]) -> None:
+    if any(name in _NEEDS_AUDIO for name in names):
+        load_index(request.dataset)
+    if "02_spectrograms" not in names and names[-1] not in _NEEDS_AUDIO:
+        pack = load_pack(request.dataset, request.preset)
+        evaluation_splits(pack, parameters.get("evaluation_split", "val"))
+
+
+def _default_kernel() -> str:
+    installed = KernelSpecManager().find_kernel_specs()
+    return KERNEL if KERNEL in installed else "python3"
+
+
+def _is_up_to_date(name: str, parameters: dict[str, Any], run: str) -> bool:
+    path = executed_path(run, name)
+    if not path.exists():
+        return False
+    recorded = nbformat.read(path, as_version=4).metadata.get("fma_nb", {}).get("key")
+    return bool(recorded == _key(name, parameters, run))
+
+
+def _key(name: str, parameters: dict[str, Any], run: str) -> str:
+    """Hash what a notebook's outputs depend on."""
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
+    cells = nbformat.read(notebook_path(name), as_version=4).cells
+    digest.update(json.dumps([cell.source for cell in cells]).encode())
+    for module in sorted((project_root() / "fma_nb").glob("*.py")):
+        digest.update(module.read_bytes())
+    digest.update(_data_state(parameters["dataset"], parameters["preset"]).encode())
+    for model in _METRICS.get(name, ()):
+        metrics = run_dir(run) / "metrics" / f"{model}.json"
+        digest.update(metrics.read_bytes() if metrics.exists() else b"missing")
+    return digest.hexdigest()
+
+
+def _data_state(dataset: str, preset: str) -> str:
+    tracks_csv = metadata_dir(dataset) / "tracks.csv"
+    size = tracks_csv.stat().st_size if tracks_csv.exists() else 0
+    return f"{size} {scan_pngs(spectrogram_dir(dataset, preset)).to_csv()}"
+
+
+def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str) -> None:
+    """Execute a notebook under a provisional name; rename it when its last cell has finished."""
+    path = executed_path(run, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.ipynb")
+    try:
+        notebook = papermill.execute_notebook(
+            str(notebook_path(name)),
+            str(partial),
+            parameters=parameters,
+            kernel_name=kernel,
+            cwd=str(notebook_path(name).parent),
+            progress_bar={"desc": name, "disable": None, "leave": False},
+        )
+    except PapermillExecutionError as error:
+        raise FmaNbError(
+            f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+            f"The half-run notebook is {partial}"
+        ) from error
+    notebook.metadata["fma_nb"] = {"key": _key(name, parameters, run)}
+    nbformat.write(notebook, partial)
+    partial.replace(path)

@@ -1,0 +1,360 @@
+"""Stage 3, spectrogram: from samples to a log-mel spectrogram, and from a dataset to a tree of PNGs.
+
+One 8-bit grey PNG a track, ``<dataset>-<preset>/{train,val,test}/<Genre>/000002.png``: height = mel
+bands with the highest on top, width = frames, grey = ``(dB + 80) / 80 * 255``. Decibels are relative to
+the clip's own maximum, which is the per-track normalisation. Notebook 02 derives every step.
+
+References
+----------
+M. Slaney: "Auditory Toolbox", 1998 (the mel scale used by librosa and here).
+B. McFee et al.: "librosa: Audio and Music Signal Analysis in Python", SciPy 2015.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pebble
+import torch
+import torchaudio
+from PIL import Image
+
+from fma_nb.audio import Samples, UnreadableClipError, load_clip
+from fma_nb.metadata import Index, load_index
+from fma_nb.progress import Progress
+from fma_nb.project import FmaNbError, atomic_path, spectrogram_dir
+
+DYNAMIC_RANGE_DB = 80.0
+POWER_FLOOR = 1e-10
+CLIP_TIMEOUT_S = 60.0
+MAX_UNREADABLE = 0.05
+
+Decibels = npt.NDArray[np.float32]
+GreyImage = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How spectrograms are made.
+
+    Attributes
+    ----------
+    name
+        ``full`` or ``compact``.
+    sample_rate
+        Hz to resample to; ``None`` keeps each file's own.
+    n_fft, hop_length
+        Window length and step of the short-time Fourier transform, in samples.
+    n_mels
+        Number of mel bands.
+    n_frames
+        Keep this many frames, evenly spaced over the clip; ``None`` keeps all.
+    """
+
+    name: str
+    sample_rate: int | None
+    n_fft: int = 2048
+    hop_length: int = 512
+    n_mels: int = 128
+    n_frames: int | None = None
+
+
+PRESETS = {
+    "full": Preset("full", sample_rate=22_050),
+    "compact": Preset("compact", sample_rate=None, n_frames=128),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """Return a preset by its name, or raise `FmaNbError` that lists the names."""
+    if name not in PRESETS:
+        raise FmaNbError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def mel_power(samples: Samples, sample_rate: int, preset: Preset) -> npt.NDArray[np.float32]:
+    """Return the mel power spectrogram [shape=(n_mels, n_frames)] of mono samples.
+
+    Slaney's mel scale with area-normalised filters and centred, zero-padded frames: what
+    ``librosa.feature.melspectrogram`` gives by default.
+    """
+    with torch.inference_mode():
+        return _mel_transform(sample_rate, preset)(torch.from_numpy(samples)).numpy()
+
+
+@functools.cache
+def _mel_transform(sample_rate: int, preset: Preset) -> torchaudio.transforms.MelSpectrogram:
+    return torchaudio.transforms.MelSpectrogram(
+        sample_rate=sample_rate,
+        n_fft=preset.n_fft,
+        hop_length=preset.hop_length,
+        n_mels=preset.n_mels,
+        power=2.0,
+        pad_mode="constant",
+        norm="slaney",
+        mel_scale="slaney",
+    )
+
+
+def power_to_db(power: npt.NDArray[np.float32], reference: float) -> Decibels:
+    """Convert power to decibels relative to ``reference``, limited to the range -80 to 0 dB."""
+    db = 10 * np.log10(np.maximum(power, POWER_FLOOR)) - 10 * np.log10(max(reference, POWER_FLOOR))
+    return np.clip(db, -DYNAMIC_RANGE_DB, 0, dtype=np.float32)
+
+
+def log_mel(samples: Samples, sample_rate: int, preset: Preset) -> Decibels:
+    """Return the log-mel spectrogram in dB [shape=(n_mels, n_frames)], lowest band first.
+
+    The reference is the clip's maximum over ALL frames, also where only some frames are kept.
+    """
+    power = mel_power(samples, sample_rate, preset)
+    reference = float(power.max())
+    return power_to_db(power[:, frame_indices(power.shape[1], preset)], reference)
+
+
+def frame_indices(n_frames: int, preset: Preset) -> npt.NDArray[np.int64]:
+    """Return which of a clip's ``n_frames`` frames a preset keeps: frame ``int((i + 0.5) * T / n)``."""
+    if preset.n_frames is None:
+        return np.arange(n_frames)
+    return ((np.arange(preset.n_frames) + 0.5) * n_frames / preset.n_frames).astype(np.int64)
+
+
+def to_grey(db: Decibels) -> GreyImage:
+    """Turn decibels [shape=(n_mels, n_frames)] into grey levels with the highest band on top."""
+    grey = (db[::-1] + DYNAMIC_RANGE_DB) / DYNAMIC_RANGE_DB * 255
+    return np.rint(grey).astype(np.uint8)
+
+
+def to_decibels(grey: GreyImage) -> Decibels:
+    """Turn grey levels back into decibels [shape=(n_mels, n_frames)], lowest band first."""
+    return (grey[::-1] / np.float32(255) - 1) * np.float32(DYNAMIC_RANGE_DB)
+
+
+def read_png(path: Path) -> GreyImage:
+    """Read a spectrogram PNG [shape=(n_mels, n_frames)].
+
+    Raises
+    ------
+    FmaNbError
+        When the file is not an 8-bit grey image.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode != "L":
+                raise FmaNbError(f"{path} is a {image.mode} image, not 8-bit grey: remove the file.")
+            return np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
+
+
+def clip_to_grey(path: Path, preset: Preset) -> GreyImage:
+    """Turn one audio file into the grey image of its log-mel spectrogram.
+
+    Raises
+    ------
+    UnreadableClipError
+        When the clip cannot be used, with the reason.
+    """
+    samples, sample_rate = load_clip(path, preset.sample_rate)
+    return to_grey(log_mel(samples, sample_rate, preset))
+
+
+def make_spectrogram(audio: Path, png: Path, preset: Preset) -> str | None:
+    """Make one clip's PNG; return the reason when the clip has to be skipped, else ``None``."""
+    try:
+        grey = clip_to_grey(audio, preset)
+    except UnreadableClipError as error:
+        return str(error)
+    with atomic_path(png) as temporary:
+        Image.fromarray(grey).save(temporary, format="PNG")
+    return None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip of a bulk run: its track id, the audio file to read and the PNG to write."""
+
+    track_id: int
+    audio: Path
+    png: Path
+
+
+def make_spectrograms(
+    dataset: str, preset_name: str, *, workers: int | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Make the PNGs of a whole dataset that are not there yet, over all cores.
+
+    A PNG that exists is done, so a killed run goes on where it was. A second run on the same folder
+    waits for the first.
+
+    Returns
+    -------
+    skipped
+        ``track_id, path, reason`` of every clip that cannot be used.
+
+    Raises
+    ------
+    FmaNbError
+        When the dataset is missing, the folder was made with other settings, or more than 5 % of the
+        clips are unreadable.
+    """
+    preset = get_preset(preset_name)
+    index = load_index(dataset)
+    folder = spectrogram_dir(dataset, preset_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):
+        _write_mel_json(folder, preset)
+        known = _known_skips(folder)
+        jobs = [job for job in _missing_jobs(index, folder) if job.track_id not in known]
+        found = dict(_run_jobs(jobs, preset, workers or os.cpu_count() or 1, progress))
+        skipped = _write_skipped(folder, index, known | found)
+    _check_unreadable(skipped, len(index.tracks) + len(index.dropped))
+    return skipped
+
+
+def png_path(folder: Path, split: str, genre: str, track_id: int) -> Path:
+    """Return where a track's PNG lies below a spectrogram folder."""
+    return folder / split / genre / f"{track_id:06d}.png"
+
+
+def _missing_jobs(index: Index, folder: Path) -> Iterator[Job]:
+    for row in index.tracks.itertuples():
+        png = png_path(folder, row.split, row.genre, row.track_id)
+        if not png.exists():
+            yield Job(row.track_id, Path(row.path), png)
+
+
+def _run_jobs(jobs: list[Job], preset: Preset, workers: int, progress: bool) -> Iterator[tuple[int, str]]:
+    """Yield ``(track_id, reason)`` for each clip that fails, while the others become PNGs."""
+    if not jobs:
+        return
+    with (
+        pebble.ProcessPool(
+            max_workers=min(workers, len(jobs)),
+            context=get_context("spawn"),
+            initializer=_quiet_single_thread,
+        ) as pool,
+        Progress(len(jobs), f"spectrograms ({preset.name})", "clip", visible=progress) as bar,
+    ):
+        for job, future in _bounded(pool, jobs, preset, limit=4 * workers):
+            reason = _outcome(future)
+            bar.update()
+            if reason is not None:
+                yield job.track_id, reason
+
+
+def _bounded(
+    pool: pebble.ProcessPool, jobs: Iterable[Job], preset: Preset, limit: int
+) -> Iterator[tuple[Job, Future[str | None]]]:
+    """Keep at most ``limit`` jobs in flight, so that memory does not grow with the dataset."""
+    waiting: dict[Future[str | None], Job] = {}
+    for job in jobs:
+        args = (job.audio, job.png, preset)
+        waiting[pool.schedule(make_spectrogram, args=args, timeout=CLIP_TIMEOUT_S)] = job
+        while len(waiting) >= limit:
+            yield from _finished(waiting)
+    while waiting:
+        yield from _finished(waiting)
+
+
+def _finished(
+    waiting: dict[Future[str | None], Job],
+) -> Iterator[tuple[Job, Future[str | None]]]:
+    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+    for future in done:
+        yield waiting.pop(future), future
+
+
+def _outcome(future: Future[str | None]) -> str | None:
+    try:
+        return future.result()
+    except TimeoutError:
+        return f"no result within {CLIP_TIMEOUT_S:.0f} s"
+    except pebble.ProcessExpired:
+        return "the decoder crashed on it"
+    except MemoryError:
+        return "needs too much memory"
+    except OSError as error:
+        raise FmaNbError(
+            f"{error.filename or 'a spectrogram'} cannot be written ({error.strerror}): "
+            "make space or give write access, then run the same command again."
+        ) from error
+
+
+def _quiet_single_thread() -> None:
+    """Prepare a worker: one core each, and no C-level chatter of the MP3 decoder on the terminal."""
+    torch.set_num_threads(1)
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _write_mel_json(folder: Path, preset: Preset) -> None:
+    path = folder / "mel.json"
+    settings = asdict(preset) | {
+        "mel_scale": "slaney",
+        "norm": "slaney",
+        "power": 2.0,
+        "dynamic_range_db": DYNAMIC_RANGE_DB,
+        "reference": "maximum of the clip",
+        "highest_band": "top row",
+    }
+    if path.exists():
+        if json.loads(path.read_text()) != settings:
+            raise FmaNbError(
+                f"{path} tells of other settings than preset {preset.name!r}: "
+                "move that folder away and run the same command again."
+            )
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _known_skips(folder: Path) -> dict[int, str]:
+    """Return the clips an earlier run skipped and whose files have not changed since."""
+    path = folder / "skipped.csv"
+    if not path.exists():
+        return {}
+    rows = pd.read_csv(path)
+    unchanged = [_file_state(Path(row.path)) == row.file_state for row in rows.itertuples()]
+    rows = rows[unchanged]
+    return dict(zip(rows["track_id"], rows["reason"], strict=True))
+
+
+def _file_state(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size}/{status.st_mtime_ns}"
+
+
+def _write_skipped(folder: Path, index: Index, reasons: dict[int, str]) -> pd.DataFrame:
+    found = index.tracks[index.tracks["track_id"].isin(reasons)][["track_id", "path"]]
+    found = found.assign(reason=found["track_id"].map(reasons))
+    with atomic_path(folder / "skipped.csv") as temporary:
+        states = [_file_state(Path(path)) for path in found["path"]]
+        found.assign(file_state=states).to_csv(temporary, index=False)
+    return pd.concat([index.dropped, found], ignore_index=True).sort_values("track_id")
+
+
+def _check_unreadable(skipped: pd.DataFrame, n_clips: int) -> None:
+    unreadable = skipped[~skipped["reason"].str.startswith("on FMA's list")]
+    if len(unreadable) > MAX_UNREADABLE * n_clips:
+        listed = "".join(f"\n  {row.path}: {row.reason}" for row in unreadable.head(20).itertuples())
+        more = f"\n  and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
+        raise FmaNbError(
+            f"{len(unreadable)} of {n_clips} clips cannot be read, more than "
+            f"{MAX_UNREADABLE:.0%}: get these files again and rerun.{listed}{more}"
+        )

@@ -1,0 +1,546 @@
+"""Stage 6, training: the loop, its augmentations, checkpoints, and an exact resume.
+
+Every epoch seeds all generators from (seed, epoch), so an epoch does not depend on how the process got
+there: a run that was killed and resumed gives the same weights, bit for bit, as one that was not.
+Notebook 03 writes the plain loop in view, notebook 04 says what each ingredient of the CRNN's recipe is for.
+
+References
+----------
+D. S. Park et al.: "SpecAugment", Interspeech 2019 (masks over time and frequency).
+H. Zhang et al.: "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+I. Loshchilov, F. Hutter: "Decoupled Weight Decay Regularization", ICLR 2019 (AdamW).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from fma_nb.dataset import Batch, Pack, Split, make_loader, to_input
+from fma_nb.model import MODELS, build_model
+from fma_nb.progress import Progress
+from fma_nb.project import FmaNbError, atomic_path, run_dir
+
+LOG_COLUMNS = [
+    "seed",
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "lr",
+    "seconds",
+]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides how a model is trained; each ingredient is one field.
+
+    Attributes
+    ----------
+    model
+        One of `fma_nb.model.MODELS`.
+    epochs, batch_size, lr, seed
+        As usual; ``lr`` is the highest learning rate.
+    optimizer
+        ``adam``, or ``adamw`` with ``weight_decay``.
+    warmup
+        Share of the steps over which ``lr`` rises from zero before it falls to zero as a cosine;
+        ``None`` keeps it constant.
+    label_smoothing
+        Share of the target spread over all genres.
+    time_shift
+        Rotate each training clip in time by a random number of frames.
+    freq_mask, time_mask
+        Longest SpecAugment mask, as a share of the mel bands and of the frames.
+    mixup
+        Alpha of mixup's Beta distribution; 0 switches it off.
+    patience
+        Stop after this many epochs without a better validation accuracy; 0 never stops early.
+    bfloat16
+        Run convolutions in bfloat16 where the processor computes with it.
+    """
+
+    model: str = "baseline"
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 1e-3
+    seed: int = 0
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    warmup: float | None = None
+    label_smoothing: float = 0.0
+    time_shift: bool = False
+    freq_mask: float = 0.0
+    time_mask: float = 0.0
+    mixup: float = 0.0
+    patience: int = 0
+    bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, by name."""
+        if self.model not in MODELS:
+            raise FmaNbError(f"model={self.model!r} is unknown: choose one of {', '.join(MODELS)}.")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise FmaNbError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise FmaNbError(f"lr={self.lr} must be above 0.")
+        if self.optimizer not in ("adam", "adamw"):
+            raise FmaNbError(f"optimizer={self.optimizer!r} is unknown: choose adam or adamw.")
+
+
+def default_config(model: str) -> TrainConfig:
+    """Return a model's own recipe: plain Adam for the baseline, the modern one for the CRNN."""
+    if model == "baseline":
+        return TrainConfig(model)
+    return TrainConfig(
+        model,
+        epochs=20,
+        optimizer="adamw",
+        weight_decay=0.02,
+        warmup=0.2,
+        label_smoothing=0.1,
+        time_shift=True,
+        freq_mask=0.1,
+        time_mask=0.1,
+        mixup=0.3,
+    )
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one training: a model and a seed within a run folder.
+
+    The first seed of a run has the plain names ``<model>_best.pt`` and ``<model>_last.pt``.
+    """
+
+    best: Path
+    last: Path
+    log: Path
+
+
+def run_files(run: str, model: str, seed: int, first_seed: int) -> RunFiles:
+    """Name the checkpoints and the log of one training."""
+    folder = run_dir(run)
+    stem = model if seed == first_seed else f"{model}_seed{seed}"
+    checkpoints = folder / "checkpoints"
+    return RunFiles(
+        checkpoints / f"{stem}_best.pt",
+        checkpoints / f"{stem}_last.pt",
+        folder / "logs" / f"{model}.csv",
+    )
+
+
+def resolve_device(name: str, gpu_memory_fraction: float = 1.0) -> torch.device:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into a device, and cap this process's share of GPU memory.
+
+    Raises
+    ------
+    FmaNbError
+        When the name is unknown, CUDA is asked for but absent, or the share is not in (0, 1].
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise FmaNbError(f"device={name!r} is unknown: choose auto, cpu or cuda.")
+    if not 0 < gpu_memory_fraction <= 1:
+        raise FmaNbError(f"gpu_memory_fraction={gpu_memory_fraction} must be above 0 and at most 1.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FmaNbError("device='cuda', but PyTorch sees no CUDA device: use device='auto' or 'cpu'.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction)
+    return torch.device("cuda")
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device, its convolution weights laid out channels last, which is faster."""
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_deterministic() -> None:
+    """Ask PyTorch for the same bits every time, on the CPU and on CUDA (see also `fma_nb.__init__`)."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seed ``random``, NumPy and PyTorch (all devices) from a seed and an epoch."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 in hardware; elsewhere it would only be slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def fit(
+    config: TrainConfig, pack: Pack, files: RunFiles, device: torch.device, *, progress: bool = True
+) -> None:
+    """Train a model, writing the log and the best and last checkpoint after every epoch.
+
+    Goes on from ``files.last`` when that was made by the same configuration on the same data, and
+    returns at once when it is complete; otherwise starts over.
+
+    Raises
+    ------
+    FmaNbError
+        When a split is empty or the loss is no longer a number.
+    """
+    train_set, val_set = pack.split("train"), pack.split("val")
+    make_deterministic()
+    state = _start(config, pack, device, steps_per_epoch=-(-len(train_set) // config.batch_size))
+    saved = _matching_checkpoint(files.last, config, pack, device)
+    first_epoch = state.restore(saved) if saved else 0
+    val_loader = make_loader(val_set, 256, device=device)
+    what = f"{config.model}, seed {config.seed}"
+    with Progress(config.epochs, what, "epoch", visible=progress) as bar:
+        bar.update(first_epoch, "resumed")
+        for epoch in range(first_epoch, config.epochs):
+            if state.is_stale(config.patience):
+                break
+            row = _run_epoch(state, config, epoch, train_set, val_loader, device)
+            improved = state.note(row)
+            _write_log(files.log, row)
+            if improved:
+                save_checkpoint(files.best, state.checkpoint(config, pack, epoch))
+            save_checkpoint(files.last, state.checkpoint(config, pack, epoch) | state.resume())
+            bar.update(1, f"val accuracy {row['val_accuracy']:.3f}")
+
+
+@dataclass
+class _TrainState:
+    """What changes while a model trains."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    best_accuracy: float = -1.0
+    best_loss: float = math.inf
+    stale_epochs: int = 0
+
+    def note(self, row: dict[str, float]) -> bool:
+        """Compare an epoch with the best so far: higher validation accuracy, then lower loss."""
+        improved = (row["val_accuracy"], -row["val_loss"]) > (self.best_accuracy, -self.best_loss)
+        self.stale_epochs = 0 if row["val_accuracy"] > self.best_accuracy else self.stale_epochs + 1
+        if improved:
+            self.best_accuracy, self.best_loss = row["val_accuracy"], row["val_loss"]
+        self.val_accuracy = row["val_accuracy"]
+        return improved
+
+    def is_stale(self, patience: int) -> bool:
+        return 0 < patience <= self.stale_epochs
+
+    def checkpoint(self, config: TrainConfig, pack: Pack, epoch: int) -> dict[str, Any]:
+        return {
+            "epoch": epoch,
+            "model_state": self.model.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "val_accuracy": self.val_accuracy,
+            "config": asdict(config),
+            "genres": list(pack.genres),
+            "dataset": pack.dataset,
+            "preset": pack.preset,
+            "fingerprint": pack.fingerprint,
+            "image_shape": list(pack.splits["train"].images.shape[1:]),
+        }
+
+    def resume(self) -> dict[str, Any]:
+        """Return what only an exact resume needs."""
+        return {
+            "scheduler_state": self.scheduler.state_dict(),
+            "best_accuracy": self.best_accuracy,
+            "best_loss": self.best_loss,
+            "stale_epochs": self.stale_epochs,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> int:
+        """Take over a ``last`` checkpoint; return the epoch to go on with."""
+        self.model.load_state_dict(saved["model_state"])
+        self.optimizer.load_state_dict(saved["optimizer_state"])
+        self.scheduler.load_state_dict(saved["scheduler_state"])
+        self.best_accuracy = saved["best_accuracy"]
+        self.best_loss = saved["best_loss"]
+        self.stale_epochs = saved["stale_epochs"]
+        return int(saved["epoch"]) + 1
+
+
+def _start(config: TrainConfig, pack: Pack, device: torch.device, steps_per_epoch: int) -> _TrainState:
+    seed_everything(config.seed)
+    n_mels, n_frames = pack.splits["train"].images.shape[1:]
+    model = build_model(config.model, len(pack.genres), n_mels, n_frames)
+    model = to_device(model, device)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    factor = lr_factor(config.warmup, config.epochs * steps_per_epoch)
+    return _TrainState(model, optimizer, LambdaLR(optimizer, factor))
+
+
+def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
+    """Return the share of the learning rate at each step: linear rise, then half a cosine to zero."""
+    if warmup is None:
+        return lambda _: 1.0
+    rise = max(1, round(warmup * n_steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
+
+    return factor
+
+
+def _run_epoch(
+    state: _TrainState,
+    config: TrainConfig,
+    epoch: int,
+    train_set: Split,
+    val_loader: DataLoader[Batch],
+    device: torch.device,
+) -> dict[str, float]:
+    started = time.perf_counter()
+    seed_everything(config.seed, epoch + 1)
+    order_seed = random.getrandbits(63)
+    loader = make_loader(train_set, config.batch_size, shuffle=True, seed=order_seed, device=device)
+    lr = state.optimizer.param_groups[0]["lr"]
+    train_loss, train_accuracy = train_epoch(state, config, epoch, loader, device)
+    val_loss, val_accuracy = score_loader(state.model, val_loader, device, config.bfloat16)
+    return {
+        "seed": config.seed,
+        "epoch": epoch,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+        "lr": lr,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def train_epoch(
+    state: _TrainState,
+    config: TrainConfig,
+    epoch: int,
+    loader: DataLoader[Batch],
+    device: torch.device,
+) -> tuple[float, float]:
+    """Take one optimizer step a batch; return the mean loss and accuracy over the clips seen.
+
+    Sums stay on the device until the end: asking for a number in every step would stall a GPU.
+    Accuracy is counted on the augmented clips, against the label with the larger share in mixup.
+    """
+    state.model.train()
+    losses, correct = [], torch.zeros((), dtype=torch.long, device=device)
+    n_clips = 0
+    for images, labels in loader:
+        inputs, partner, share = augment(images, labels, config)
+        with autocast(device, config.bfloat16):
+            logits = state.model(inputs).float()
+        loss = share * F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        if share < 1:
+            smoothing = config.label_smoothing
+            loss = loss + (1 - share) * F.cross_entropy(logits, partner, label_smoothing=smoothing)
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        state.scheduler.step()
+        losses.append(loss.detach() * len(labels))
+        correct += (logits.detach().argmax(1) == labels).sum()
+        n_clips += len(labels)
+    clip_losses = torch.stack(losses)
+    _check_finite(clip_losses, config, epoch)
+    return float(clip_losses.sum() / n_clips), float(correct / n_clips)
+
+
+def _check_finite(losses: Tensor, config: TrainConfig, epoch: int) -> None:
+    bad = (~torch.isfinite(losses)).nonzero().flatten()
+    if len(bad):
+        raise FmaNbError(
+            f"{config.model}: the loss is not a number from epoch {epoch}, batch {int(bad[0])} on; the "
+            f"last checkpoint is the one before. Try a smaller lr. Configuration: {asdict(config)}"
+        )
+
+
+def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which convolutions run in bfloat16, where that is wanted and pays."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and bfloat16_pays(device))
+
+
+def augment(images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor, float]:
+    """Turn a training batch of grey levels into inputs, each ingredient where the recipe has it.
+
+    Returns
+    -------
+    inputs [shape=(batch, 1, n_mels, n_frames)]
+        The augmented spectrograms.
+    partner [shape=(batch,)]
+        The second label of each mixed clip.
+    share
+        The weight of the first label; 1 without mixup.
+    """
+    if config.time_shift:
+        images = shift_in_time(images)
+    inputs = to_input(images)
+    n_mels, n_frames = images.shape[1:]
+    if config.freq_mask:
+        width = round(config.freq_mask * n_mels)
+        inputs = torchaudio.transforms.FrequencyMasking(width, iid_masks=True)(inputs)
+    if config.time_mask:
+        width = round(config.time_mask * n_frames)
+        inputs = torchaudio.transforms.TimeMasking(width, iid_masks=True)(inputs)
+    if not config.mixup:
+        return inputs, labels, 1.0
+    share = random.betavariate(config.mixup, config.mixup)
+    share = max(share, 1 - share)
+    return torch.lerp(inputs.roll(1, 0), inputs, share), labels.roll(1, 0), share
+
+
+def shift_in_time(images: Tensor) -> Tensor:
+    """Rotate each clip [shape=(batch, n_mels, n_frames)] in time by its own random number of frames."""
+    n_clips, n_mels, n_frames = images.shape
+    shift = torch.randint(n_frames, (n_clips, 1)).to(images.device)
+    frames = (torch.arange(n_frames, device=images.device) + shift) % n_frames
+    return images.gather(2, frames[:, None, :].expand(-1, n_mels, -1))
+
+
+def score_loader(
+    model: nn.Module, loader: DataLoader[Batch], device: torch.device, bfloat16: bool = True
+) -> tuple[float, float]:
+    """Return a model's mean cross-entropy and accuracy over all clips of a loader."""
+    logits, labels = predict_logits(model, loader, device, bfloat16)
+    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
+
+
+def predict_logits(
+    model: nn.Module, loader: DataLoader[Batch], device: torch.device, bfloat16: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return the logits [shape=(n_clips, n_classes)] and labels [shape=(n_clips,)] of a loader's clips.
+
+    Dropout is off and batch normalisation uses its running statistics.
+    """
+    model.eval()
+    with torch.inference_mode(), autocast(device, bfloat16):
+        parts = [(model(to_input(images)).float(), labels) for images, labels in loader]
+    return torch.cat([p[0] for p in parts]).cpu(), torch.cat([p[1] for p in parts]).cpu()
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically; the same content gives the same bytes."""
+    buffer = io.BytesIO()  # torch.save to a path would write the path's name into the file
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def load_checkpoint(path: Path, device: torch.device | None = None) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises
+    ------
+    FmaNbError
+        When the file is missing or is not a checkpoint of this project.
+    """
+    try:
+        content = torch.load(path, map_location=device or "cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FmaNbError(f"{path} is missing: train the model first (notebooks 03 and 04).") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.") from error
+    if not isinstance(content, dict) or not {"model_state", "config", "genres"} <= content.keys():
+        raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.")
+    return content
+
+
+def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.Module:
+    """Rebuild a trained model from its checkpoint, for the data of ``pack``.
+
+    Raises
+    ------
+    FmaNbError
+        When the checkpoint is of another model, preset or list of genres, or does not fit.
+    """
+    saved = load_checkpoint(path, device)
+    for what, found, wanted in (
+        ("model", saved["config"]["model"], model),
+        ("preset", saved["preset"], pack.preset),
+        ("genres", tuple(saved["genres"]), pack.genres),
+    ):
+        if found != wanted:
+            raise FmaNbError(f"{path} is a checkpoint of {what} {found!r}, not {wanted!r}.")
+    network = build_model(model, len(pack.genres), *saved["image_shape"])
+    try:
+        network.load_state_dict(saved["model_state"])
+    except RuntimeError as error:
+        raise FmaNbError(f"{path} holds weights of another architecture: train again.") from error
+    return to_device(network, device)
+
+
+def _matching_checkpoint(
+    path: Path, config: TrainConfig, pack: Pack, device: torch.device
+) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        saved = load_checkpoint(path, device)
+    except FmaNbError:
+        return None
+    same = saved["config"] == asdict(config) and saved.get("fingerprint") == pack.fingerprint
+    return saved if same and "scheduler_state" in saved else None
+
+
+def _write_log(path: Path, row: dict[str, float]) -> None:
+    """Append an epoch's row, replacing what an earlier run left for the same and later epochs."""
+    rows = pd.DataFrame([row], columns=LOG_COLUMNS)
+    if path.exists():
+        old = read_log(path)
+        stale = (old["seed"] == row["seed"]) & (old["epoch"] >= row["epoch"])
+        rows = pd.concat([old[~stale], rows], ignore_index=True)
+    with atomic_path(path) as temporary:
+        rows.sort_values(["seed", "epoch"]).to_csv(temporary, index=False)
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """Read a training log: a row an epoch, columns `LOG_COLUMNS`.
+
+    Raises
+    ------
+    FmaNbError
+        When the file is missing or damaged.
+    """
+    try:
+        rows = pd.read_csv(path)
+    except (FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise FmaNbError(f"{path} is missing or damaged: train the model again.") from error
+    if list(rows.columns) != LOG_COLUMNS:
+        raise FmaNbError(f"{path} is not a training log: remove it and train again.")
+    return rows
+
+
+def seeds(config: TrainConfig, n_seeds: int) -> Iterator[TrainConfig]:
+    """Yield the configuration with ``n_seeds`` consecutive seeds."""
+    if n_seeds < 1:
+        raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
+    for i in range(n_seeds):
+        yield replace(config, seed=config.seed + i)
