@@ -35,7 +35,7 @@ data: $(READY) ## download FMA's metadata and FMA-Small (7.2 GiB), resumable, ve
 	$(BIN)/fma-nb download metadata small
 
 notebooks: $(READY) ## execute the notebooks in place on fma_mini, so that their outputs can be committed
-	$(BIN)/python -m fma_nb.refresh
+	$(BIN)/python tests/refresh_notebooks.py
 
 clean: ## remove outputs and the synthetic dataset; keep .venv and downloaded data
 	find outputs -mindepth 1 -not -name README.md -delete

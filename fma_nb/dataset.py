@@ -25,12 +25,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fma_nb.project import SPLITS, FmaNbError, atomic_path, check_dataset, spectrogram_dir
-from fma_nb.spectrogram import get_preset, png_path, read_png
+from fma_nb.spectrogram import get_preset, png_name, png_path, read_png
 
 PACK_VERSION = 1
 ROW_COLUMNS = ["track_id", "split", "genre", "n_frames", "size", "mtime_ns"]
 
 Batch = tuple[Tensor, Tensor]
+Identity = tuple[int, str, str, int, int]
+Known = dict[Identity, npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def load_pack(dataset: str, preset: str) -> Pack:
     with filelock.FileLock(pack_dir / ".lock"):
         record = _read_record(pack_dir)
         if record is None or record["state"] != _state_hash(rows):
-            record = _build(rows, folder, pack_dir)
+            old = _known_images(pack_dir, record) if record else {}
+            record = _build(rows, folder, pack_dir, old)
     genres = tuple(record["genres"])
     splits = {name: _open_split(pack_dir, name, genres) for name in record["splits"]}
     return Pack(dataset, preset, genres, record["fingerprint"], splits)
@@ -128,8 +131,8 @@ def scan_pngs(folder: Path) -> pd.DataFrame:
     for split in SPLITS:
         for genre_dir in sorted((folder / split).glob("*/")):
             for png in sorted(genre_dir.glob("[!.]*.png")):
-                if not png.stem.isdecimal():
-                    raise FmaNbError(f"{png}: the name of a spectrogram must be a track id.")
+                if not (png.stem.isdecimal() and png.name == png_name(int(png.stem))):
+                    raise FmaNbError(f"{png}: a spectrogram is named after its track, as in 000002.png.")
                 status = png.stat()
                 found.append(
                     {
@@ -164,18 +167,24 @@ def _state_hash(rows: pd.DataFrame) -> str:
 
 
 def _read_record(pack_dir: Path) -> dict[str, Any] | None:
+    """Return the record of a pack whose files are all there in full, else ``None``."""
     try:
         record: dict[str, Any] = json.loads((pack_dir / "pack.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        whole = record["version"] == PACK_VERSION and all(
+            (pack_dir / name).stat().st_size == size for name, size in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if record.get("version") == PACK_VERSION else None
+    return record if whole else None
 
 
-def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path) -> dict[str, Any]:
-    """Write the arrays, then the row tables, and last the record that makes them valid."""
+def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, old: Known) -> dict[str, Any]:
+    """Write the arrays and row tables, and last the record that makes them valid.
+
+    PNGs that have not changed since the ``old`` pack are copied from it instead of being decoded.
+    """
     (pack_dir / "pack.json").unlink(missing_ok=True)
-    paths = [png_path(folder, r.split, r.genre, r.track_id) for r in rows.itertuples()]
-    sizes = [_image_size(path) for path in paths]
+    sizes = [_image_size(row, folder, old) for row in rows.itertuples()]
     if len({height for height, _ in sizes}) > 1:
         raise FmaNbError(f"{folder}: its PNGs differ in height: keep those of one preset only.")
     rows = rows.assign(n_frames=[width for _, width in sizes])[ROW_COLUMNS]
@@ -184,33 +193,74 @@ def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps([genres, height, width]).encode())
     for split, group in rows.groupby("split", sort=False):
         with atomic_path(pack_dir / f"{split}.npy") as temporary:
-            images = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(group), height, width))
-            for i, row in enumerate(group.itertuples()):
-                images[i] = _fit_width(read_png(png_path(folder, row.split, row.genre, row.track_id)), width)
-                digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
-                digest.update(images[i].tobytes())
-            images.flush()
-            del images
+            _write_images(temporary, group, folder, old, (len(group), height, width), digest)
         with atomic_path(pack_dir / f"{split}.csv") as temporary:
             group.to_csv(temporary, index=False)
+    splits = list(rows["split"].unique())
     record = {
         "version": PACK_VERSION,
         "state": _state_hash(rows.drop(columns="n_frames")),
         "fingerprint": digest.hexdigest(),
         "genres": genres,
-        "splits": list(rows["split"].unique()),
+        "splits": splits,
+        "files": {name: (pack_dir / name).stat().st_size for name in _file_names(splits)},
     }
     with atomic_path(pack_dir / "pack.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
-def _image_size(path: Path) -> tuple[int, int]:
+def _write_images(
+    path: Path,
+    rows: pd.DataFrame,
+    folder: Path,
+    old: Known,
+    shape: tuple[int, int, int],
+    digest: hashlib._Hash,
+) -> None:
+    images = open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    for i, row in enumerate(rows.itertuples()):
+        known = old.get(_identity(row))
+        image = read_png(_png_of(row, folder)) if known is None else known
+        images[i] = _fit_width(image, shape[2])
+        digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
+        digest.update(images[i].tobytes())
+    images.flush()
+
+
+def _known_images(pack_dir: Path, record: dict[str, Any]) -> Known:
+    """Return views of the images of a pack by the identity of the PNG each was read from."""
+    known: Known = {}
+    for split in record["splits"]:
+        images = np.load(pack_dir / f"{split}.npy", mmap_mode="r")
+        for i, row in enumerate(pd.read_csv(pack_dir / f"{split}.csv").itertuples()):
+            known[_identity(row)] = images[i, :, : row.n_frames]
+    return known
+
+
+def _identity(row: Any) -> Identity:
+    return (row.track_id, row.split, row.genre, row.size, row.mtime_ns)
+
+
+def _png_of(row: Any, folder: Path) -> Path:
+    return png_path(folder, row.split, row.genre, row.track_id)
+
+
+def _image_size(row: Any, folder: Path, old: Known) -> tuple[int, int]:
+    """Return height and width, from the header alone where the image is not known."""
+    known = old.get(_identity(row))
+    if known is not None:
+        return known.shape[0], known.shape[1]
+    path = _png_of(row, folder)
     try:
         with Image.open(path) as image:
             return image.height, image.width
     except (OSError, SyntaxError) as error:
         raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
+
+
+def _file_names(splits: Sequence[str]) -> list[str]:
+    return [f"{split}.{ending}" for split in splits for ending in ("npy", "csv")]
 
 
 def _fit_width(image: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:

