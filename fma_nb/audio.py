@@ -105,7 +105,7 @@ def _decode(path: Path, offset: float, seconds: float) -> tuple[Samples, int]:
                 file.seek(int(offset * file.samplerate))
             samples = file.read(int(seconds * file.samplerate), dtype="float32", always_2d=True)
         except sf.LibsndfileError as error:
-            raise UnreadableClipError(f"broken audio ({_reason(error)})") from error
+            raise UnreadableClipError(f"broken audio ({error.error_string.rstrip('.').lower()})") from error
         return samples, file.samplerate
 
 
@@ -117,10 +117,5 @@ def _open(path: Path) -> sf.SoundFile:
     try:
         return sf.SoundFile(path)
     except (sf.LibsndfileError, TypeError) as error:
-        # soundfile takes an unknown name ending for headerless audio and asks for a sample rate.
-        raise UnreadableClipError(f"not audio ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    text = error.error_string if isinstance(error, sf.LibsndfileError) else str(error)
-    return text.rstrip(".").lower()
+        # A TypeError: soundfile takes some name endings for headerless audio and asks for a sample rate.
+        raise UnreadableClipError("not audio that libsndfile can decode") from error

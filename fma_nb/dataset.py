@@ -28,6 +28,7 @@ from fma_nb.project import SPLITS, FmaNbError, atomic_path, check_dataset, spect
 from fma_nb.spectrogram import get_preset, png_name, png_path, read_png
 
 PACK_VERSION = 1
+MIN_FRAMES = 8
 ROW_COLUMNS = ["track_id", "split", "genre", "n_frames", "size", "mtime_ns"]
 
 Batch = tuple[Tensor, Tensor]
@@ -185,6 +186,8 @@ def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, old: Known) -> dict
     """
     (pack_dir / "pack.json").unlink(missing_ok=True)
     sizes = [_image_size(row, folder, old) for row in rows.itertuples()]
+    if min(width for _, width in sizes) < MIN_FRAMES:
+        raise FmaNbError(f"{folder}: a PNG has fewer than {MIN_FRAMES} frames: remove it.")
     if len({height for height, _ in sizes}) > 1:
         raise FmaNbError(f"{folder}: its PNGs differ in height: keep those of one preset only.")
     rows = rows.assign(n_frames=[width for _, width in sizes])[ROW_COLUMNS]
@@ -255,7 +258,7 @@ def _image_size(row: Any, folder: Path, old: Known) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
 
 
@@ -304,12 +307,7 @@ class SpectrogramDataset(Dataset[Batch]):
 
 
 def make_loader(
-    split: Split,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    seed: int = 0,
-    device: torch.device | None = None,
+    split: Split, batch_size: int, *, shuffle: bool = False, seed: int = 0, device: torch.device | None = None
 ) -> DataLoader[Batch]:
     """Return a ``DataLoader`` over a split whose order depends on ``seed`` alone."""
     return DataLoader(

@@ -31,13 +31,7 @@ from torch import nn
 from fma_nb.dataset import Pack, load_pack, make_loader
 from fma_nb.metadata import read_tracks
 from fma_nb.model import build_model, count_parameters
-from fma_nb.project import (
-    SYNTHETIC_DATASETS,
-    FmaNbError,
-    atomic_path,
-    metadata_dir,
-    run_dir,
-)
+from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, atomic_path, metadata_dir, run_dir
 from fma_nb.training import (
     TrainConfig,
     fit,
@@ -54,6 +48,7 @@ Floats = npt.NDArray[np.float64]
 Metrics = dict[str, Any]
 
 EVALUATION_SPLITS = ("val", "test")
+METRICS_KEYS = ("model", "dataset", "preset", "genres", "fingerprint", "config", "labels", "seeds")
 
 
 def train_and_evaluate(
@@ -118,12 +113,7 @@ def evaluation_splits(pack: Pack, evaluation_split: str) -> tuple[str, ...]:
 
 
 def _seed_result(
-    config: TrainConfig,
-    pack: Pack,
-    run: str,
-    first_seed: int,
-    splits: Sequence[str],
-    device: torch.device,
+    config: TrainConfig, pack: Pack, run: str, first_seed: int, splits: Sequence[str], device: torch.device
 ) -> dict[str, Any]:
     files = run_files(run, config.model, config.seed, first_seed)
     model = load_model(files.best, config.model, pack, device)
@@ -172,11 +162,7 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def metrics_path(run: str, model: str) -> Path:
@@ -215,10 +201,12 @@ def _read_one(path: Path, model: str) -> Metrics:
         metrics: Metrics = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise FmaNbError(f"{path} is missing: run notebooks 03 and 04 first.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise FmaNbError(f"{path} is damaged: run notebooks 03 and 04 again.") from error
-    if metrics.get("model") != model:
-        raise FmaNbError(f"{path} speaks of model {metrics.get('model')!r}, not {model!r}.")
+    if not isinstance(metrics, dict) or not set(METRICS_KEYS) <= metrics.keys():
+        raise FmaNbError(f"{path} is not a metrics file: run notebooks 03 and 04 again.")
+    if metrics["model"] != model:
+        raise FmaNbError(f"{path} speaks of model {metrics['model']!r}, not {model!r}.")
     return metrics
 
 
@@ -251,11 +239,7 @@ def genre_report(metrics: Metrics, split: str) -> pd.DataFrame:
     reports = []
     for _, table in prediction_table(metrics, split).groupby("seed"):
         report = classification_report(
-            table["genre"],
-            table["predicted"],
-            labels=metrics["genres"],
-            output_dict=True,
-            zero_division=0.0,
+            table["genre"], table["predicted"], labels=metrics["genres"], output_dict=True, zero_division=0.0
         )
         reports.append(pd.DataFrame(report).T.loc[metrics["genres"]])
     return sum(reports[1:], start=reports[0]) / len(reports)
@@ -322,11 +306,7 @@ def bootstrap_accuracy(correct: pd.DataFrame, groups: Sequence[int], *, n_resamp
 
 
 def paired_difference(
-    correct: pd.DataFrame,
-    baseline: pd.DataFrame,
-    groups: Sequence[int],
-    *,
-    n_resamples: int = 5000,
+    correct: pd.DataFrame, baseline: pd.DataFrame, groups: Sequence[int], *, n_resamples: int = 5000
 ) -> Estimate:
     """Estimate how much more accurate one model is than another on the same tracks.
 
@@ -382,6 +362,8 @@ def mcnemar(first: npt.ArrayLike, second: npt.ArrayLike) -> McNemar:
     good, each would win such a clip with probability one half.
     """
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if a.shape != b.shape:
+        raise FmaNbError(f"McNemar's test needs answers to the same clips, not {a.size} and {b.size}.")
     only_first, only_second = int((a & ~b).sum()), int((~a & b).sum())
     n_different = only_first + only_second
     p = scipy.stats.binomtest(only_first, n_different).pvalue if n_different else 1.0

@@ -10,30 +10,15 @@ M. Defferrard, K. Benzi, P. Vandergheynst, X. Bresson: "FMA: A Dataset for Music
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from fma_nb.project import (
-    SPLITS,
-    SYNTHETIC_DATASETS,
-    FmaNbError,
-    check_dataset,
-    clip_path,
-    metadata_dir,
-)
+from fma_nb.project import SPLITS, SYNTHETIC_DATASETS, FmaNbError, check_dataset, clip_path, metadata_dir
 
-GENRES = (
-    "Electronic",
-    "Experimental",
-    "Folk",
-    "Hip-Hop",
-    "Instrumental",
-    "International",
-    "Pop",
-    "Rock",
-)
+GENRES = ("Electronic", "Experimental", "Folk", "Hip-Hop", "Instrumental", "International", "Pop", "Rock")
 INDEX_COLUMNS = ["track_id", "split", "genre", "artist_id", "title", "path"]
 
 # FMA's wiki lists these clips of the small subset as cut short (the first three) or without audio.
@@ -89,13 +74,10 @@ def read_tracks(path: Path) -> pd.DataFrame:
         tracks = pd.read_csv(path, header=[0, 1], index_col=0, encoding="utf-8-sig", low_memory=False)
     except FileNotFoundError as error:
         raise FmaNbError(f"{path} is missing: get it with 'fma-nb download metadata'.") from error
-    except (
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-        UnicodeDecodeError,
-        IndexError,
-    ) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, IndexError) as error:
         raise FmaNbError(_damaged(path, str(error).splitlines()[-1])) from error
+    if not _ends_with_newline(path):
+        raise FmaNbError(_damaged(path, "its last row is cut off"))
     missing = [".".join(column) for column in _NEEDED_COLUMNS if column not in tracks.columns]
     if missing:
         raise FmaNbError(_damaged(path, f"no column {', '.join(missing)} under two header rows"))
@@ -103,14 +85,20 @@ def read_tracks(path: Path) -> pd.DataFrame:
     return tracks
 
 
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
 def _check_rows(tracks: pd.DataFrame, path: Path) -> None:
     if not pd.api.types.is_integer_dtype(tracks.index):
         raise FmaNbError(_damaged(path, "a track_id is not a whole number"))
+    if not pd.api.types.is_numeric_dtype(tracks["artist", "id"]):
+        raise FmaNbError(_damaged(path, "an artist.id is not a number"))
     if tracks.index.has_duplicates:
         twice = tracks.index[tracks.index.duplicated()][0]
         raise FmaNbError(_damaged(path, f"track {twice} stands in it twice"))
-    # The last column of a complete row is (track, title); FMA leaves it empty in one row of 106,574,
-    # so a cut is told by the columns that are never empty.
     never_empty = tracks[[("set", "split"), ("set", "subset"), ("artist", "id")]]
     cut = tracks.index[never_empty.isna().any(axis=1)]
     if len(cut):

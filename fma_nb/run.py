@@ -6,6 +6,7 @@ package's code, the data and the metrics it reads. While the key holds, the note
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from papermill.exceptions import PapermillExecutionError
 
 from fma_nb.dataset import load_pack, scan_pngs
-from fma_nb.evaluation import evaluation_splits
+from fma_nb.evaluation import EVALUATION_SPLITS, evaluation_splits
 from fma_nb.metadata import load_index
 from fma_nb.mini import make_fma_mini
 from fma_nb.project import (
@@ -77,7 +78,7 @@ def run_notebooks(request: RunRequest) -> Path:
     names = _chosen(request.only)
     run = request.run or request.dataset
     parameters = _checked_parameters(request, names)
-    kernel = request.kernel or _default_kernel()
+    kernel = _checked_kernel(request.kernel)
     if request.dataset in SYNTHETIC_DATASETS:
         make_fma_mini()
     _check_data(request, names, parameters)
@@ -105,15 +106,7 @@ def notebook_path(name: str) -> Path:
 def notebook_parameters(name: str) -> dict[str, Any]:
     """Return the parameters a notebook declares, with their default values, which also give the type."""
     found = papermill.inspect_notebook(str(notebook_path(name)))
-    return {key: _literal(entry["default"]) for key, entry in found.items()}
-
-
-def _literal(text: str) -> Any:
-    return {"True": True, "False": False}.get(text) if text in ("True", "False") else _value(text)
-
-
-def _value(text: str) -> Any:
-    return json.loads(text.replace("'", '"').replace("_", "") if text[0] in "-0123456789" else text)
+    return {key: ast.literal_eval(entry["default"]) for key, entry in found.items()}
 
 
 def _chosen(only: Sequence[str]) -> list[str]:
@@ -160,6 +153,8 @@ def _check_values(given: dict[str, Any]) -> None:
     training = {key: given[key] for key in ("epochs", "batch_size", "lr") if key in given}
     replace(TrainConfig(), **training)
     resolve_device(given["device"], given.get("gpu_memory_fraction", 1.0))
+    if given.get("evaluation_split", "val") not in EVALUATION_SPLITS:
+        raise FmaNbError(f"evaluation_split={given['evaluation_split']!r} is unknown: choose val or test.")
     if given.get("n_seeds", 1) < 1:
         raise FmaNbError(f"n_seeds={given['n_seeds']} must be at least 1.")
 
@@ -172,9 +167,11 @@ def _check_data(request: RunRequest, names: Sequence[str], parameters: dict[str,
         evaluation_splits(pack, parameters.get("evaluation_split", "val"))
 
 
-def _default_kernel() -> str:
-    installed = KernelSpecManager().find_kernel_specs()
-    return KERNEL if KERNEL in installed else "python3"
+def _checked_kernel(name: str) -> str:
+    installed = sorted(KernelSpecManager().find_kernel_specs())
+    if name and name not in installed:
+        raise FmaNbError(f"--kernel {name} is not installed: choose among {', '.join(installed)}.")
+    return name or (KERNEL if KERNEL in installed else "python3")
 
 
 def _is_up_to_date(name: str, parameters: dict[str, Any], run: str) -> bool:

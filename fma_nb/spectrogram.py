@@ -175,7 +175,8 @@ def to_grey(db: Decibels) -> GreyImage:
 
 def to_decibels(grey: GreyImage) -> Decibels:
     """Turn grey levels back into decibels [shape=(n_mels, n_frames)], lowest band first."""
-    return (grey[::-1] / np.float32(255) - 1) * np.float32(DYNAMIC_RANGE_DB)
+    shares: Decibels = grey[::-1].astype(np.float32) / np.float32(255)
+    return (shares - 1) * np.float32(DYNAMIC_RANGE_DB)
 
 
 def read_png(path: Path) -> GreyImage:
@@ -191,7 +192,7 @@ def read_png(path: Path) -> GreyImage:
             if image.mode != "L":
                 raise FmaNbError(f"{path} is a {image.mode} image, not 8-bit grey: remove the file.")
             return np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
 
 
@@ -311,9 +312,7 @@ def _bounded(
         yield from _finished(waiting)
 
 
-def _finished(
-    waiting: dict[Future[str | None], Job],
-) -> Iterator[tuple[Job, Future[str | None]]]:
+def _finished(waiting: dict[Future[str | None], Job]) -> Iterator[tuple[Job, Future[str | None]]]:
     done, _ = wait(waiting, return_when=FIRST_COMPLETED)
     for future in done:
         yield waiting.pop(future), future

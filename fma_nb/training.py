@@ -38,16 +38,22 @@ from fma_nb.model import MODELS, build_model
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 
-LOG_COLUMNS = [
-    "seed",
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "lr",
-    "seconds",
-]
+CONFIG_RANGES = (
+    ("epochs", 1, 100_000),
+    ("batch_size", 1, 100_000),
+    ("lr", 1e-12, 1e12),
+    ("seed", 0, 2**31),
+    ("weight_decay", 0, 1e6),
+    ("label_smoothing", 0, 1),
+    ("freq_mask", 0, 1),
+    ("time_mask", 0, 1),
+    ("mixup", 0, 1e6),
+    ("patience", 0, 100_000),
+)
+CHECKPOINT_KEYS = ("epoch", "model_state", "config", "genres", "preset", "image_shape")
+# What torch.load was seen to raise for cut, flipped and foreign files.
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError)
+LOG_COLUMNS = ["seed", "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,14 @@ class TrainConfig:
         """Refuse values that cannot work, by name."""
         if self.model not in MODELS:
             raise FmaNbError(f"model={self.model!r} is unknown: choose one of {', '.join(MODELS)}.")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise FmaNbError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise FmaNbError(f"lr={self.lr} must be above 0.")
+        for name, low, high in CONFIG_RANGES:
+            value = getattr(self, name)
+            whole = isinstance(getattr(type(self), name), int)
+            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.")
+        if self.warmup is not None and not 0 <= self.warmup <= 1:
+            raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")
         if self.optimizer not in ("adam", "adamw"):
             raise FmaNbError(f"optimizer={self.optimizer!r} is unknown: choose adam or adamw.")
 
@@ -144,9 +153,7 @@ def run_files(run: str, model: str, seed: int, first_seed: int) -> RunFiles:
     stem = model if seed == first_seed else f"{model}_seed{seed}"
     checkpoints = folder / "checkpoints"
     return RunFiles(
-        checkpoints / f"{stem}_best.pt",
-        checkpoints / f"{stem}_last.pt",
-        folder / "logs" / f"{model}.csv",
+        checkpoints / f"{stem}_best.pt", checkpoints / f"{stem}_last.pt", folder / "logs" / f"{model}.csv"
     )
 
 
@@ -178,6 +185,8 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 def make_deterministic() -> None:
     """Ask PyTorch for the same bits every time, on the CPU and on CUDA (see also `fma_nb.__init__`)."""
     torch.use_deterministic_algorithms(True)
+    # A sixth of the training time went into filling new tensors with NaN before they are written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
@@ -212,7 +221,7 @@ def fit(
     train_set, val_set = pack.split("train"), pack.split("val")
     make_deterministic()
     state = _start(config, pack, device, steps_per_epoch=-(-len(train_set) // config.batch_size))
-    saved = _matching_checkpoint(files.last, config, pack, device)
+    saved = _matching_checkpoint(files, config, pack, device)
     first_epoch = state.restore(saved) if saved else 0
     val_loader = make_loader(val_set, 256, device=device)
     what = f"{config.model}, seed {config.seed}"
@@ -327,6 +336,8 @@ def _run_epoch(
     lr = state.optimizer.param_groups[0]["lr"]
     train_loss, train_accuracy = train_epoch(state, config, epoch, loader, device)
     val_loss, val_accuracy = score_loader(state.model, val_loader, device, config.bfloat16)
+    if not math.isfinite(val_loss):
+        raise _not_a_number(config, epoch, "validation")
     return {
         "seed": config.seed,
         "epoch": epoch,
@@ -340,11 +351,7 @@ def _run_epoch(
 
 
 def train_epoch(
-    state: _TrainState,
-    config: TrainConfig,
-    epoch: int,
-    loader: DataLoader[Batch],
-    device: torch.device,
+    state: _TrainState, config: TrainConfig, epoch: int, loader: DataLoader[Batch], device: torch.device
 ) -> tuple[float, float]:
     """Take one optimizer step a batch; return the mean loss and accuracy over the clips seen.
 
@@ -377,10 +384,14 @@ def train_epoch(
 def _check_finite(losses: Tensor, config: TrainConfig, epoch: int) -> None:
     bad = (~torch.isfinite(losses)).nonzero().flatten()
     if len(bad):
-        raise FmaNbError(
-            f"{config.model}: the loss is not a number from epoch {epoch}, batch {int(bad[0])} on; the "
-            f"last checkpoint is the one before. Try a smaller lr. Configuration: {asdict(config)}"
-        )
+        raise _not_a_number(config, epoch, f"batch {int(bad[0])}")
+
+
+def _not_a_number(config: TrainConfig, epoch: int, where: str) -> FmaNbError:
+    return FmaNbError(
+        f"{config.model}: the loss is not a number in epoch {epoch}, {where}; the checkpoints are those of "
+        f"the epoch before. Try a smaller lr. Configuration: {asdict(config)}"
+    )
 
 
 def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
@@ -466,9 +477,17 @@ def load_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
         content = torch.load(path, map_location=device or "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FmaNbError(f"{path} is missing: train the model first (notebooks 03 and 04).") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        OSError,
+    ) as error:
         raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.") from error
-    if not isinstance(content, dict) or not {"model_state", "config", "genres"} <= content.keys():
+    if not isinstance(content, dict) or not set(CHECKPOINT_KEYS) <= content.keys():
         raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.")
     return content
 
@@ -498,12 +517,13 @@ def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.M
 
 
 def _matching_checkpoint(
-    path: Path, config: TrainConfig, pack: Pack, device: torch.device
+    files: RunFiles, config: TrainConfig, pack: Pack, device: torch.device
 ) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+    """Return the ``last`` checkpoint where it can be gone on from, with its best and its log."""
     try:
-        saved = load_checkpoint(path, device)
+        load_checkpoint(files.best, device)
+        read_log(files.log)
+        saved = load_checkpoint(files.last, device)
     except FmaNbError:
         return None
     same = saved["config"] == asdict(config) and saved.get("fingerprint") == pack.fingerprint
@@ -531,7 +551,7 @@ def read_log(path: Path) -> pd.DataFrame:
     """
     try:
         rows = pd.read_csv(path)
-    except (FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (FileNotFoundError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise FmaNbError(f"{path} is missing or damaged: train the model again.") from error
     if list(rows.columns) != LOG_COLUMNS:
         raise FmaNbError(f"{path} is not a training log: remove it and train again.")
