@@ -24,7 +24,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fma_nb.project import SPLITS, FmaNbError, atomic_path, check_dataset, spectrogram_dir
+from fma_nb.project import (
+    SPLITS,
+    FmaNbError,
+    atomic_path,
+    check_dataset,
+    clear_temporaries,
+    spectrogram_dir,
+)
 from fma_nb.spectrogram import get_preset, png_name, png_path, read_png
 
 PACK_VERSION = 1
@@ -185,6 +192,7 @@ def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, old: Known) -> dict
     PNGs that have not changed since the ``old`` pack are copied from it instead of being decoded.
     """
     (pack_dir / "pack.json").unlink(missing_ok=True)
+    clear_temporaries(pack_dir)
     sizes = [_image_size(row, folder, old) for row in rows.itertuples()]
     if min(width for _, width in sizes) < MIN_FRAMES:
         raise FmaNbError(f"{folder}: a PNG has fewer than {MIN_FRAMES} frames: remove it.")

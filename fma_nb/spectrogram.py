@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from fma_nb.audio import Samples, UnreadableClipError, load_clip
 from fma_nb.metadata import Index, load_index
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, spectrogram_dir
+from fma_nb.project import FmaNbError, atomic_path, clear_temporaries, spectrogram_dir
 
 DYNAMIC_RANGE_DB = 80.0
 POWER_FLOOR = 1e-10
@@ -253,6 +253,7 @@ def make_spectrograms(
     folder = spectrogram_dir(dataset, preset_name)
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):
+        clear_temporaries(folder)
         _write_mel_json(folder, preset)
         known = _known_skips(folder)
         jobs = [job for job in _missing_jobs(index, folder) if job.track_id not in known]

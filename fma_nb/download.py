@@ -1,0 +1,443 @@
+"""Download FMA's archives, check and unpack them into ``data/raw/``: the pipeline's first stage.
+
+`download` is all that a user needs; it chains `fetch`, `extract` and `verify_checksums`. Each step
+leaves its finished part on disk, so that a call after a crash, a full disk or Ctrl-C goes on from
+there: bytes in ``<name>.zip.part``, members under their final names, and at the very end the record
+``<name>.json``, which makes the next call return at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO
+
+import requests
+import urllib3
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from fma_nb.project import FmaNbError, atomic_path, data_dir
+
+FMA_URL = "https://os.unil.cloud.switch.ch/fma/"
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A zip archive of FMA: its SHA-1, and rough sizes in bytes for the first disk space check."""
+
+    name: str
+    sha1: str
+    n_bytes: int
+    unpacked_bytes: int
+
+
+ARCHIVES = {
+    "metadata": Archive("fma_metadata", "f0df49ffe5f2a6008d7dc83c6915b31835dfe733", 342 << 20, 1_400_000_000),
+    "small": Archive("fma_small", "ade154f733639d52e35e32f5593efe5be76c6d70", 7_680_000_000, 7_680_000_000),
+    "medium": Archive("fma_medium", "c67b69ea232021025fca9231fc1c7c1a063ab50b", 22 << 30, 22 << 30),
+    "large": Archive("fma_large", "497109f4dd721066b5ce5e5f250ec604dc78939e", 93 << 30, 93 << 30),
+}
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Bounds, in s, on a server's silence and on the pauses, which double from ``backoff`` on.
+
+    ``attempts`` is how many requests in a row may bring nothing new.
+    """
+
+    timeout: float = 30.0
+    attempts: int = 6
+    backoff: float = 1.0
+    longest_wait: float = 60.0
+
+
+def download(
+    archive: Archive,
+    *,
+    base_url: str = FMA_URL,
+    archive_path: Path | None = None,
+    keep_archive: bool = True,
+    progress: bool = True,
+    policy: RetryPolicy = RetryPolicy(),
+) -> Path:
+    """Bring one of `ARCHIVES` to ``data/raw/`` and return its unpacked folder.
+
+    archive_path : a copy of the archive already on disk; it is checked, used and left alone.
+    keep_archive : keep the downloaded zip file beside the folder (the default), or remove it.
+
+    Call it again after any failure: it goes on where it stopped. Once all is done it does nothing;
+    delete ``data/raw/<name>.json`` to have every file checked again. Raises `FmaNbError`.
+    """
+    raw = data_dir() / "raw"
+    zip_path, folder, record = (raw / f"{archive.name}{end}" for end in (".zip", "", ".json"))
+    try:
+        if not _is_finished(archive, folder, record):
+            raw.mkdir(parents=True, exist_ok=True)
+            with FileLock(raw / f".{archive.name}.lock", timeout=0):
+                if archive_path is None:
+                    _check_space_for_download(archive, zip_path)
+                    url = f"{base_url.rstrip('/')}/{zip_path.name}"
+                    fetch(url, zip_path, archive.sha1, policy=policy, progress=progress)
+                else:
+                    verify_sha1(archive_path, archive.sha1, progress=progress)
+                n_members = extract(archive_path or zip_path, folder, progress=progress)
+                verify_checksums(folder, progress=progress)
+                with atomic_path(record) as temporary:
+                    temporary.write_text(json.dumps({"sha1": archive.sha1, "members": n_members}))
+        if not keep_archive:
+            zip_path.unlink(missing_ok=True)
+    except Timeout as error:
+        raise FmaNbError(
+            f"Another process is downloading {archive.name} to {raw}: wait until it is done."
+        ) from error
+    except OSError as error:
+        raise FmaNbError(
+            f"Cannot use {error.filename or folder} ({error.strerror}): make space, allow access "
+            "or move the data with FMA_NB_DATA, then call again: what is finished is kept."
+        ) from error
+    return folder
+
+
+def _is_finished(archive: Archive, folder: Path, record: Path) -> bool:
+    try:
+        return folder.is_dir() and json.loads(record.read_text())["sha1"] == archive.sha1
+    except (FileNotFoundError, KeyError, ValueError):
+        return False
+
+
+def _check_space_for_download(archive: Archive, zip_path: Path) -> None:
+    """Check room for zip and folder at once, before hours go by; `extract` checks again exactly."""
+    if not zip_path.exists():
+        part = _part_path(zip_path)
+        n_received = part.stat().st_size if part.exists() else 0
+        n_bytes = archive.n_bytes - n_received + archive.unpacked_bytes
+        check_free_space(zip_path.parent, n_bytes, archive.name)
+
+
+def check_free_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Raise `FmaNbError` unless the disk that holds ``folder`` has ``n_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        needed, found = (tqdm.format_sizeof(n, "B") for n in (n_bytes, free))
+        raise FmaNbError(
+            f"{what} needs {needed} in {folder}, where {found} is free: make space, or move the data "
+            "with FMA_NB_DATA."
+        )
+
+
+def fetch(
+    url: str,
+    path: Path,
+    sha1: str,
+    *,
+    policy: RetryPolicy = RetryPolicy(),
+    progress: bool = True,
+) -> None:
+    """Download ``url`` to ``path``, going on from ``<path>.part`` where the server has HTTP ranges.
+
+    ``path`` appears once its SHA-1 is right. Raises `FmaNbError` when the server refuses, sends
+    something else, or fails ``policy.attempts`` times in a row; `OSError` when writing fails.
+    """
+    part = _part_path(path)
+    if path.exists():
+        if _hash_file(path, progress).hexdigest() == sha1:
+            return
+        path.replace(part)  # Most likely an unfinished download by other means.
+    part.touch()
+    digest = _hash_file(part, progress and part.stat().st_size > 0)
+    with part.open("ab") as file, _bar(path.name, progress, initial=file.tell()) as bar:
+        received = _Received(file, digest, bar)
+        _fetch_rest(url, received, sha1, policy)
+    if received.sha1 != sha1:
+        part.unlink()
+        raise FmaNbError(
+            f"{url} sent {received.n_bytes} bytes with SHA-1 {received.sha1} instead of {sha1}: "
+            "they were removed; call again to start over, or choose another address (--url, base_url)."
+        )
+    part.replace(path)
+
+
+def _part_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+class _Received:
+    """The bytes received so far: a growing file, its SHA-1, and the ETag of their version."""
+
+    def __init__(self, file: BinaryIO, digest: hashlib._Hash, bar: tqdm) -> None:
+        self.file, self.digest, self.bar = file, digest, bar
+        self.n_bytes, self.etag = file.tell(), ""
+
+    @property
+    def sha1(self) -> str:
+        return self.digest.hexdigest()
+
+    def append(self, piece: bytes) -> None:
+        self.file.write(piece)
+        self.digest.update(piece)
+        self.n_bytes += len(piece)
+        self.bar.update(len(piece))
+
+    def clear(self) -> None:
+        self.file.truncate(0)
+        self.digest, self.n_bytes, self.etag = _sha1(), 0, ""
+        self.bar.initial = 0
+        self.bar.reset()
+
+
+class _TransientError(Exception):
+    """The server did not send everything; it may at the next attempt."""
+
+
+_TRANSIENT = (
+    _TransientError,
+    requests.ConnectionError,
+    requests.Timeout,
+    urllib3.exceptions.HTTPError,
+)
+
+
+def _fetch_rest(url: str, received: _Received, sha1: str, policy: RetryPolicy) -> None:
+    """Request what is missing, again and again, until ``sha1`` is reached or the server is done."""
+    failures, furthest = 0, received.n_bytes
+    # Asking the SHA-1, not the server, whether all is there also copes with a wrong Content-Length.
+    while received.sha1 != sha1:
+        try:
+            return _request_rest(url, received, policy.timeout)
+        except _TRANSIENT as error:
+            failures = 1 if received.n_bytes > furthest else failures + 1
+            furthest = max(furthest, received.n_bytes)
+            if failures >= policy.attempts:
+                raise FmaNbError(
+                    f"{url} failed {failures} times in a row ({error}): call again later to go on "
+                    f"from {received.n_bytes} bytes, or choose another address (--url, base_url)."
+                ) from error
+            wait = min(policy.backoff * 2 ** (failures - 1), policy.longest_wait)
+            if not received.bar.disable:
+                tqdm.write(f"{error}: trying again in {wait:.0f} s", file=sys.stderr)
+            time.sleep(wait)
+        except requests.RequestException as error:
+            raise FmaNbError(f"{url} cannot be fetched ({error}): check --url (base_url).") from error
+
+
+def _request_rest(url: str, received: _Received, timeout: float) -> None:
+    """Make one request for the bytes that are missing and append what arrives."""
+    headers = {"Accept-Encoding": "identity"}
+    if received.n_bytes:
+        headers["Range"] = f"bytes={received.n_bytes}-"
+        if received.etag:
+            headers["If-Range"] = received.etag
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+        total = _check_answer(url, response, received)
+        etag = response.headers.get("ETag", "")
+        # RFC 9110, 13.1.5: a weak validator does not promise equal bytes.
+        received.etag = "" if etag.startswith("W/") else etag
+        length = response.raw.length_remaining
+        if length is not None:
+            check_free_space(Path(received.file.name).parent, length, url)
+            received.bar.total = received.n_bytes + length
+        # read1 hands over each piece as it arrives; read and iter_content drop one when cut off.
+        while piece := response.raw.read1(PIECE_BYTES, decode_content=False):
+            received.append(piece)
+    if received.n_bytes < total:
+        raise _TransientError(f"{url} sent {received.n_bytes} of {total} bytes")
+
+
+def _check_answer(url: str, response: requests.Response, received: _Received) -> int:
+    """Make sure that the body fits behind ``received``; return the file's length, 0 if untold."""
+    status, start = response.status_code, received.n_bytes
+    way_out = "choose another address (--url, base_url) or"
+    if status in (200, 206) and "text/html" in response.headers.get("Content-Type", ""):
+        raise FmaNbError(f"{url} is a web page, perhaps your network's login: {way_out} log in.")
+    if status == 206:
+        content_range = response.headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
+        if match is None or int(match[1]) != start:
+            raise FmaNbError(
+                f"{url} was asked for the bytes from {start} on and sent {content_range!r}: "
+                f"{way_out} delete {received.file.name} to start over."
+            )
+        return 0 if match[2] == "*" else int(match[2])
+    if status in (200, 416) and start:
+        received.clear()  # The server has no ranges, another version, or fewer bytes than we do.
+    if status in (416, 429) or status >= 500:
+        raise _TransientError(f"{url} answered HTTP {status} {response.reason}")
+    if status != 200:
+        raise FmaNbError(
+            f"{url} answered HTTP {status} {response.reason}: {way_out} give a copy of the archive that "
+            "is on disk (--archive, archive_path)."
+        )
+    return 0
+
+
+def verify_sha1(path: Path, sha1: str, *, progress: bool = True) -> None:
+    """Raise `FmaNbError` unless the file at ``path`` is there and has this SHA-1."""
+    if not path.is_file():
+        raise FmaNbError(f"The archive {path} is not a file: give the path of a zip file.")
+    found = _hash_file(path, progress).hexdigest()
+    if found != sha1:
+        raise FmaNbError(
+            f"{path} has SHA-1 {found} instead of {sha1}, so it is unfinished, damaged or another "
+            "file: give a good copy, or none to download one."
+        )
+
+
+def extract(zip_path: Path, folder: Path, *, progress: bool = True) -> int:
+    """Unpack an archive whose members all lie in ``<folder's name>/``; return their number.
+
+    A member appears under its name when it is complete, so what is there already stays as it is.
+    Members are unpacked in threads, for bzip2 is slow (20 MB/s a core) and leaves Python's lock
+    free. Raises `FmaNbError` when a member is unsafe or damaged; `OSError` when writing fails.
+    """
+    staging = folder / ".partial"
+    try:
+        with zipfile.ZipFile(zip_path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            for member in members:
+                _check_member(member, folder.name, zip_path)
+            missing = [member for member in members if not _is_extracted(member, folder)]
+            n_bytes = sum(member.file_size for member in missing)
+            folder.mkdir(parents=True, exist_ok=True)
+            check_free_space(folder, n_bytes, str(zip_path))
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            extract_one = functools.partial(_extract_member, archive, threading.Lock(), staging)
+            with (
+                _bar(f"unpacking {folder.name}", progress, total=n_bytes) as bar,
+                ThreadPoolExecutor(os.cpu_count()) as pool,
+            ):
+                for n_extracted in pool.map(extract_one, missing):
+                    bar.update(n_extracted)
+            staging.rmdir()
+    except zipfile.BadZipFile as error:
+        raise FmaNbError(
+            f"{zip_path} is damaged ({error}): delete it and call again, or give a good copy."
+        ) from error
+    return len(members)
+
+
+def _check_member(member: zipfile.ZipInfo, top: str, zip_path: Path) -> None:
+    """Refuse a member that is not a plain file or would land outside ``top``."""
+    is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+    if not is_file or not _is_inside(member.filename) or not member.filename.startswith(f"{top}/"):
+        raise FmaNbError(
+            f"{zip_path}: member {member.filename!r} is a link or lies outside the folder {top!r}: "
+            "do not use this archive."
+        )
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether a path stays below the folder it is joined to, on every operating system."""
+    return not (name.startswith("/") or ".." in PurePosixPath(name).parts or set("\\:") & set(name))
+
+
+def _is_extracted(member: zipfile.ZipInfo, folder: Path) -> bool:
+    path = folder.parent / member.filename
+    return path.is_file() and path.stat().st_size == member.file_size
+
+
+def _extract_member(
+    archive: zipfile.ZipFile, lock: threading.Lock, staging: Path, member: zipfile.ZipInfo
+) -> int:
+    """Unpack one member in ``staging``, move it to its place and return its number of bytes."""
+    staged = staging / str(member.header_offset)
+    try:
+        with _open_member(archive, lock, member) as source, staged.open("wb") as target:
+            shutil.copyfileobj(source, target, PIECE_BYTES)
+            n_bytes = target.tell()
+    except (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # A full disk, say; bz2's "Invalid data stream" has no number.
+        raise zipfile.BadZipFile(f"member {member.filename}: {error}") from error
+    if n_bytes != member.file_size:
+        raise zipfile.BadZipFile(f"member {member.filename}: {n_bytes} bytes")
+    path = staging.parent.parent / member.filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged.replace(path)
+    return n_bytes
+
+
+@contextlib.contextmanager
+def _open_member(
+    archive: zipfile.ZipFile, lock: threading.Lock, member: zipfile.ZipInfo
+) -> Iterator[IO[bytes]]:
+    """Open a member in one thread of several: ZipFile counts its open members without a lock."""
+    with lock:
+        source = archive.open(member)
+    try:
+        yield source
+    finally:
+        with lock:
+            source.close()
+
+
+def verify_checksums(folder: Path, *, progress: bool = True) -> None:
+    """Compare every file named in ``<folder>/checksums`` with its SHA-1 there.
+
+    Files that differ are removed, so that `extract` makes them anew. Raises `FmaNbError` when a
+    file differs or is missing, or when the list itself cannot be used.
+    """
+    bad, checksums = [], _read_checksums(folder / "checksums")
+    with _bar(f"checking {folder.name}", progress, total=len(checksums), unit=" files") as bar:
+        for name, sha1 in checksums.items():
+            path = folder / name
+            if not path.is_file() or _hash_file(path, progress=False).hexdigest() != sha1:
+                path.unlink(missing_ok=True)
+                bad.append(name)
+            bar.update()
+    if bad:
+        raise FmaNbError(
+            f"{folder}: {len(bad)} of {len(checksums)} files are missing or differ from FMA's "
+            f"checksums ({', '.join(bad[:3])}{', ...' if bad[3:] else ''}): what differs was "
+            "removed; call again to unpack it anew."
+        )
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    """Read lines of ``<sha1>  <path relative to this file's folder>``."""
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    matches = [re.fullmatch(r"([0-9a-f]{40}) [ *](.+)", line) for line in lines]
+    checksums = {match[2]: match[1] for match in matches if match and _is_inside(match[2])}
+    if not checksums or len(checksums) < len(lines):
+        raise FmaNbError(
+            f"{path} is no list of SHA-1 sums and relative paths: delete it and call again, or get "
+            "a good copy of the archive."
+        )
+    return checksums
+
+
+_sha1 = functools.partial(hashlib.sha1, usedforsecurity=False)
+
+
+def _hash_file(path: Path, progress: bool) -> hashlib._Hash:
+    digest = _sha1()
+    with path.open("rb") as file, _bar(f"checking {path.name}", progress) as bar:
+        bar.total = path.stat().st_size
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest
+
+
+def _bar(name: str, progress: bool, **options: Any) -> tqdm:
+    """Return a progress bar that counts bytes on a terminal and keeps quiet in a log file."""
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} | options
+    return tqdm(desc=name, disable=None if progress else True, **options)
