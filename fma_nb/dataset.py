@@ -30,6 +30,7 @@ from fma_nb.project import (
     atomic_path,
     check_dataset,
     clear_temporaries,
+    make_folder,
     spectrogram_dir,
 )
 from fma_nb.spectrogram import get_preset, png_name, png_path, read_png
@@ -116,7 +117,7 @@ def load_pack(dataset: str, preset: str) -> Pack:
     rows = scan_pngs(folder)
     _check_rows(rows, folder, dataset, preset)
     pack_dir = folder / "pack"
-    pack_dir.mkdir(exist_ok=True)
+    make_folder(pack_dir)
     with filelock.FileLock(pack_dir / ".lock"):
         record = _read_record(pack_dir)
         if record is None or record["state"] != _state_hash(rows):

@@ -125,7 +125,7 @@ class CRNN(nn.Module):
         self,
         n_classes: int,
         n_mels: int = 128,
-        channels: Sequence[int] = (32, 64, 128, 128),
+        channels: Sequence[int] = (16, 32, 64, 128),
         n_hidden: int = 96,
         dropout: float = 0.3,
     ) -> None:

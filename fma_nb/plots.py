@@ -5,18 +5,26 @@ Each function draws on an ``Axes`` it is given, labels it in units, and returns 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 
+import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import soundfile as sf
+from IPython.display import HTML, Audio
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from fma_nb.audio import Samples
 from fma_nb.evaluation import Estimate
 from fma_nb.metadata import GENRES
+from fma_nb.project import SPLITS
+from fma_nb.spectrogram import Decibels, GreyImage
 
 # Okabe and Ito's palette: told apart also by colour-blind readers. Yellow is darkened for white paper.
 GENRE_COLORS = dict(
@@ -27,6 +35,7 @@ GENRE_COLORS = dict(
     )
 )
 MODEL_COLORS = {"baseline": "#6A6A6A", "crnn": "#0072B2", "crnn_no_gru": "#D55E00"}
+N_COLORS = 12  # of a spectrogram figure: more of them make a notebook heavy and show little more
 MODEL_NAMES = {"baseline": "baseline CNN", "crnn": "CRNN", "crnn_no_gru": "CRNN without GRU"}
 
 
@@ -140,3 +149,88 @@ def spectrogram_image(ax: Axes, image: npt.NDArray[np.float32], seconds: float, 
     ax.set(xlabel="time (s)", ylabel="mel band", title=title)
     ax.grid(False)
     return ax
+
+
+def genre_counts(ax: Axes, tracks: pd.DataFrame) -> Axes:
+    """Draw how many tracks each genre has in training, validation (lighter) and test (lightest)."""
+    counts = pd.crosstab(tracks["genre"], tracks["split"])[::-1]
+    colors = [genre_color(genre) for genre in counts.index]
+    left = np.zeros(len(counts))
+    for split, alpha in zip(SPLITS, (1.0, 0.6, 0.3), strict=True):
+        ax.barh(counts.index, counts[split], left=left, color=colors, alpha=alpha)
+        ax.barh(counts.index[0], 0, color="#444444", alpha=alpha, label=split)
+        left += counts[split].to_numpy()
+    ax.set(xlabel="tracks")
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def waveform(ax: Axes, samples: Samples, sample_rate: int, color: str) -> Axes:
+    """Draw mono samples over time; where a pixel holds many of them, their range from lowest to highest."""
+    scale, unit = (1, "s") if len(samples) > sample_rate / 2 else (1000, "ms")
+    step = max(len(samples) // 1000, 1)
+    columns = samples[: len(samples) // step * step].reshape(-1, step)
+    time = np.arange(len(columns)) * step * scale / sample_rate
+    if step == 1:
+        ax.plot(time, samples, color=color, linewidth=1.2)
+    else:
+        ax.fill_between(time, columns.min(axis=1), columns.max(axis=1), color=color, linewidth=0)
+    ax.set(xlabel=f"time ({unit})", ylabel="amplitude", xlim=(0, len(samples) * scale / sample_rate))
+    return ax
+
+
+def mel_spectrogram(ax: Axes, db: Decibels, seconds: float, sample_rate: int, title: str = "") -> Axes:
+    """Draw a mel spectrogram [shape=(n_mels, n_frames)], lowest band first, with frequencies in Hz."""
+    spectrogram_image(ax, db[::-1], seconds, title)
+    ax.images[-1].set_cmap(plt.get_cmap("magma", N_COLORS))
+    ax.set_yticks(*hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000)))
+    ax.set_ylabel("frequency")
+    return ax
+
+
+def thumbnail(ax: Axes, image: GreyImage) -> Axes:
+    """Draw a spectrogram image [shape=(n_mels, n_frames)] small and without axes, for a gallery."""
+    small = Image.fromarray(image).resize((64, 64), Image.Resampling.BOX)
+    colors = plt.get_cmap("magma", N_COLORS)
+    ax.imshow(small, cmap=colors, aspect="auto", interpolation="nearest", vmin=0, vmax=255)
+    ax.axis("off")
+    return ax
+
+
+def hertz_ticks(
+    sample_rate: int, n_mels: int, hertz: Sequence[int] = (0, 500, 1000, 2000, 4000, 8000, 16000)
+) -> tuple[list[float], list[str]]:
+    """Return where frequencies lie on an axis of mel bands, and their labels in Hz or kHz."""
+    centres = librosa.mel_frequencies(n_mels + 2, fmin=0, fmax=sample_rate / 2)[1:-1]
+    shown = [f for f in hertz if f <= sample_rate / 2]
+    labels = [f"{f // 1000} kHz" if f >= 1000 else f"{f} Hz" for f in shown]
+    return [float(np.interp(f, centres, np.arange(n_mels))) for f in shown], labels
+
+
+def mel_profiles(ax: Axes, profiles: pd.DataFrame, sample_rate: int) -> Axes:
+    """Draw each genre's mean level by mel band; ``profiles`` in dB [shape=(n_genres, n_mels)]."""
+    for genre, profile in profiles.iterrows():
+        ax.plot(profile.to_numpy(), color=genre_color(str(genre)), linewidth=1.5, label=genre)
+    ax.set_xticks(*hertz_ticks(sample_rate, profiles.shape[1]))
+    ax.set(xlabel="frequency of the mel band", ylabel="mean level (dB re peak)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def audio_player(samples: Samples, sample_rate: int) -> Audio:
+    """Return a player for a short mono excerpt, kept in the notebook as MP3 of 24 kbit/s."""
+    buffer = io.BytesIO()
+    settings = {"subtype": "MPEG_LAYER_III", "bitrate_mode": "CONSTANT", "compression_level": 0.9}
+    sf.write(buffer, samples, sample_rate, format="MP3", **settings)
+    return Audio(buffer.getvalue(), embed=True)
+
+
+def player_grid(players: Mapping[str, Audio]) -> HTML:
+    """Return named players side by side, each under its name; a genre's name has the genre's colour."""
+    colors = {name: GENRE_COLORS.get(name, "inherit") for name in players}
+    cells = "".join(
+        f"<div><b style='color:{colors[name]}'>{name}</b><br>{player._repr_html_()}</div>"
+        for name, player in players.items()
+    )
+    return HTML(f"<div style='display:flex;flex-wrap:wrap;gap:0.6em 2em'>{cells}</div>")

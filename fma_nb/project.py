@@ -84,14 +84,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A killed or failing writer leaves nothing under the final name. The temporary name starts with a
     dot and ends in ``.tmp``, so that no reader takes it for data.
+
+    Raises
+    ------
+    FmaNbError
+        When the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, or raise `FmaNbError` that says why it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> FmaNbError:
+    return FmaNbError(
+        f"{path} cannot be written ({error.strerror}): make space or give write access, "
+        "then run the same command again."
+    )
 
 
 def clear_temporaries(folder: Path) -> None:

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from fma_nb.audio import Samples, UnreadableClipError, load_clip
 from fma_nb.metadata import Index, load_index
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, clear_temporaries, spectrogram_dir
+from fma_nb.project import FmaNbError, atomic_path, clear_temporaries, make_folder, spectrogram_dir
 
 DYNAMIC_RANGE_DB = 80.0
 POWER_FLOOR = 1e-10
@@ -251,7 +251,7 @@ def make_spectrograms(
     preset = get_preset(preset_name)
     index = load_index(dataset)
     folder = spectrogram_dir(dataset, preset_name)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with filelock.FileLock(folder / ".lock"):
         clear_temporaries(folder)
         _write_mel_json(folder, preset)
@@ -328,11 +328,6 @@ def _outcome(future: Future[str | None]) -> str | None:
         return "the decoder crashed on it"
     except MemoryError:
         return "needs too much memory"
-    except OSError as error:
-        raise FmaNbError(
-            f"{error.filename or 'a spectrogram'} cannot be written ({error.strerror}): "
-            "make space or give write access, then run the same command again."
-        ) from error
 
 
 def _quiet_single_thread() -> None:

@@ -18,6 +18,7 @@ import io
 import math
 import pickle
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +53,17 @@ CONFIG_RANGES = (
 )
 CHECKPOINT_KEYS = ("epoch", "model_state", "config", "genres", "preset", "image_shape")
 # What torch.load was seen to raise for cut, flipped and foreign files.
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError)
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    OSError,
+    AttributeError,
+    AssertionError,
+)
 LOG_COLUMNS = ["seed", "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"]
 
 
@@ -111,7 +122,7 @@ class TrainConfig:
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
                 raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.")
-        if self.warmup is not None and not 0 <= self.warmup <= 1:
+        if self.warmup is not None and not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup <= 1):
             raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")
         if self.optimizer not in ("adam", "adamw"):
             raise FmaNbError(f"optimizer={self.optimizer!r} is unknown: choose adam or adamw.")
@@ -457,10 +468,19 @@ def predict_logits(
     return torch.cat([p[0] for p in parts]).cpu(), torch.cat([p[1] for p in parts]).cpu()
 
 
+def _interned(content: Any) -> Any:
+    """Make equal texts one object: pickle refers back to an object, but writes an equal one again."""
+    if isinstance(content, dict):
+        return {_interned(key): _interned(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_interned(value) for value in content]
+    return sys.intern(content) if isinstance(content, str) else content
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically; the same content gives the same bytes."""
     buffer = io.BytesIO()  # torch.save to a path would write the path's name into the file
-    torch.save(content, buffer)
+    torch.save(_interned(content), buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
@@ -477,15 +497,7 @@ def load_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
         content = torch.load(path, map_location=device or "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FmaNbError(f"{path} is missing: train the model first (notebooks 03 and 04).") from error
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        OSError,
-    ) as error:
+    except _UNREADABLE as error:
         raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.") from error
     if not isinstance(content, dict) or not set(CHECKPOINT_KEYS) <= content.keys():
         raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.")
@@ -521,19 +533,22 @@ def _matching_checkpoint(
 ) -> dict[str, Any] | None:
     """Return the ``last`` checkpoint where it can be gone on from, with its best and its log."""
     try:
-        load_checkpoint(files.best, device)
-        read_log(files.log)
-        saved = load_checkpoint(files.last, device)
+        best, saved = load_checkpoint(files.best, device), load_checkpoint(files.last, device)
+        log = read_log(files.log)
     except FmaNbError:
         return None
-    same = saved["config"] == asdict(config) and saved.get("fingerprint") == pack.fingerprint
-    return saved if same and "scheduler_state" in saved else None
+    logged = ((log["seed"] == config.seed) & (log["epoch"] == saved["epoch"])).any()
+    same = all(
+        one["config"] == asdict(config) and one.get("fingerprint") == pack.fingerprint
+        for one in (best, saved)
+    )
+    return saved if same and logged and "scheduler_state" in saved else None
 
 
 def _write_log(path: Path, row: dict[str, float]) -> None:
     """Append an epoch's row, replacing what an earlier run left for the same and later epochs."""
     rows = pd.DataFrame([row], columns=LOG_COLUMNS)
-    if path.exists():
+    with contextlib.suppress(FmaNbError):  # a damaged log is written anew
         old = read_log(path)
         stale = (old["seed"] == row["seed"]) & (old["epoch"] >= row["epoch"])
         rows = pd.concat([old[~stale], rows], ignore_index=True)

@@ -1,0 +1,306 @@
+"""Synthetic instruments, drums and a room: how one note of `fma_mini` sounds.
+
+Used by `fma_nb.synthesis`, which decides what is played and when. Three classic methods make all the
+instruments: plucked strings, steady waves with few or many harmonics, and frequency modulation.
+
+References
+----------
+K. Karplus, A. Strong: "Digital Synthesis of Plucked-String and Drum Timbres", CMJ 1983.
+J. Chowning: "The Synthesis of Complex Audio Spectra by Means of Frequency Modulation", JAES 1973.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from scipy import fft, signal
+
+Samples = npt.NDArray[np.float32]
+Hertz = npt.NDArray[np.float64]
+WAVETABLE_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Timbre:
+    """What an artist sounds like: factors on the settings of every instrument, and the recording.
+
+    Attributes
+    ----------
+    brightness, ring, vibrato, drum_tuning
+        Factors on cutoffs, decay times, vibrato depth and the pitch of drums.
+    detune
+        Spread of an ensemble's voices in cents.
+    room_seconds
+        Reverberation time (to -60 dB) in s.
+    highest_hz, noise_db
+        Treble limit and background noise of the recording.
+    """
+
+    brightness: float
+    ring: float
+    vibrato: float
+    drum_tuning: float
+    detune: float
+    room_seconds: float
+    highest_hz: float
+    noise_db: float
+
+
+def draw_timbre(rng: np.random.Generator) -> Timbre:
+    """Draw what an artist sounds like."""
+    return Timbre(
+        brightness=2 ** rng.uniform(-0.5, 0.5),
+        ring=2 ** rng.uniform(-0.5, 0.5),
+        vibrato=rng.uniform(0.3, 1.6),
+        drum_tuning=2 ** rng.uniform(-0.25, 0.25),
+        detune=rng.uniform(4, 16),
+        room_seconds=rng.uniform(0.5, 2.2),
+        highest_hz=rng.uniform(9000, 17000),
+        noise_db=rng.uniform(-80, -64),
+    )
+
+
+# An instrument turns (pitches in Hz, length in s, sample rate in Hz, timbre, rng) into samples.
+Instrument = Callable[[Hertz, float, int, Timbre, np.random.Generator], Samples]
+
+
+def plucked_string(
+    hertz: Hertz,
+    seconds: float,
+    sample_rate: int,
+    timbre: Timbre,
+    rng: np.random.Generator,
+    *,
+    ring: float,
+    damping: float,
+    softness: float,
+    drive: float = 0.0,
+) -> Samples:
+    """Pluck or strike strings (Karplus and Strong), solved in the frequency domain.
+
+    Each trip round the string averages neighbouring samples, which multiplies harmonic k of the N
+    samples of a period by ``cos(pi k / N)``: so all periods are found at once, without a loop.
+    ``ring`` is the decay time (to -60 dB) in s, ``damping`` how much faster the treble decays,
+    ``softness`` the slope of the pluck's spectrum, ``drive`` an overdriven amplifier.
+    """
+    n_samples = int(seconds * sample_rate)
+    mix = np.zeros(n_samples)
+    for frequency in hertz:
+        period = fft.next_fast_len(int(sample_rate / frequency), real=True)
+        harmonic = np.arange(period // 2 + 1)
+        pluck = (harmonic + 1) ** (-softness / timbre.brightness) * np.exp(
+            2j * np.pi * rng.random(harmonic.size)
+        )
+        pluck[0] = 0
+        log_gain = damping * np.log(np.maximum(np.cos(np.pi * harmonic / period), 1e-6))
+        log_gain -= 6.9 / (ring * timbre.ring * frequency)
+        trips = np.arange(int(seconds * frequency) + 2, dtype=np.float32)[:, None]
+        decay = np.exp(trips * log_gain.astype(np.float32))
+        periods = fft.irfft(pluck.astype(np.complex64) * decay, period, axis=1).ravel()
+        # The period is a whole number of samples; reading it at another speed gives the exact pitch.
+        position = np.arange(n_samples) * (frequency * period / sample_rate)
+        mix += np.interp(position, np.arange(periods.size), periods)
+    return _overdrive(_fade(mix / np.abs(mix).max(), sample_rate, 0.001, 0.03), drive, sample_rate)
+
+
+def wave(
+    hertz: Hertz,
+    seconds: float,
+    sample_rate: int,
+    timbre: Timbre,
+    rng: np.random.Generator,
+    *,
+    tilt: float = 1.0,
+    cutoff_hz: float = 3000.0,
+    formants_hz: tuple[float, ...] = (),
+    voices: int = 1,
+    attack: float = 0.02,
+    release: float = 0.08,
+    decay: float | None = None,
+    vibrato: float = 0.0,
+    breath: float = 0.0,
+) -> Samples:
+    """Play periodic waves: harmonics of amplitude ``1 / k**tilt`` through a low-pass or formants.
+
+    ``voices`` detuned copies make an ensemble, ``decay`` (s) a struck tone of a steady one, ``vibrato``
+    is in semitones, ``breath`` is the share of noise.
+    """
+    n_samples = int(seconds * sample_rate)
+    time = np.arange(n_samples) / sample_rate
+    wobble = vibrato * timbre.vibrato * np.sin(2 * np.pi * 5.2 * time) * np.minimum(3 * time, 1)
+    periods = np.cumsum(2 ** (wobble / 12)) / sample_rate if vibrato else time
+    mix = breath * rng.standard_normal(n_samples, np.float32)
+    for frequency in hertz:
+        table = _wavetable(frequency, sample_rate, tilt, cutoff_hz * timbre.brightness, formants_hz)
+        for voice in range(voices):
+            cents = timbre.detune * (voice - (voices - 1) / 2)
+            phase = (rng.random() + periods * (frequency * 2 ** (cents / 1200))) % 1
+            mix += table[(phase * WAVETABLE_SIZE).astype(np.int32)]
+    mix *= np.float32(1 / (hertz.size * voices))
+    if decay:
+        mix *= np.exp(-time / (decay * timbre.ring), dtype=np.float32)
+    return _fade(mix, sample_rate, attack, release)
+
+
+def _wavetable(
+    frequency: float, sample_rate: int, tilt: float, cutoff_hz: float, formants_hz: tuple[float, ...]
+) -> Samples:
+    """Return one period of a wave, free of aliases, at unit loudness [shape=(WAVETABLE_SIZE,)]."""
+    n_harmonics = min(int(0.45 * sample_rate / frequency), WAVETABLE_SIZE // 2 - 1)
+    harmonic = np.arange(1, n_harmonics + 1)
+    hertz = harmonic * frequency
+    if formants_hz:
+        colour = 0.08 + sum(np.exp(-0.5 * ((hertz - f) / (0.15 * f + 60)) ** 2) for f in formants_hz)
+    else:
+        colour = 1 / (1 + (hertz / cutoff_hz) ** 4)
+    spectrum = np.zeros(WAVETABLE_SIZE // 2 + 1, np.complex64)
+    spectrum[1 : n_harmonics + 1] = -1j * harmonic ** -float(tilt) * colour
+    table = fft.irfft(spectrum)
+    return (0.3 * table / np.sqrt(np.mean(table**2))).astype(np.float32)
+
+
+def fm_tone(
+    hertz: Hertz,
+    seconds: float,
+    sample_rate: int,
+    timbre: Timbre,
+    rng: np.random.Generator,
+    *,
+    ratio: float,
+    index: float,
+    decay: float,
+) -> Samples:
+    """Strike bells, electric pianos and mallets (Chowning): a sine that bends a sine.
+
+    ``ratio`` is modulator to carrier frequency, ``index`` the depth in rad, ``decay`` a time in s.
+    """
+    time = np.arange(int(seconds * sample_rate), dtype=np.float32) / sample_rate
+    depth = index * timbre.brightness * np.exp(-time / (0.4 * decay))
+    mix = np.zeros_like(time)
+    for frequency in hertz:
+        angle = np.float32(2 * np.pi * frequency) * time
+        mix += np.sin(angle + depth * np.sin(ratio * angle + 0.1 * rng.random(dtype=np.float32)))
+    mix *= np.exp(-time / (decay * timbre.ring)) / np.float32(hertz.size)
+    return _fade(mix, sample_rate, 0.002, 0.03)
+
+
+def noise_swell(
+    hertz: Hertz, seconds: float, sample_rate: int, timbre: Timbre, rng: np.random.Generator
+) -> Samples:
+    """Let noise from above a pitch swell to the end of the note, as before a drop."""
+    n_samples = int(seconds * sample_rate)
+    noise = rng.standard_normal(n_samples, np.float32)
+    band = filter_band(noise, "highpass", 3 * timbre.brightness * hertz[0], sample_rate)
+    return _fade(band * np.linspace(0, 0.7, n_samples, dtype=np.float32) ** 2, sample_rate, 0.01, 0.02)
+
+
+INSTRUMENTS: dict[str, Instrument] = {
+    "nylon guitar": partial(plucked_string, ring=2.0, damping=1.6, softness=0.9),
+    "steel guitar": partial(plucked_string, ring=2.5, damping=0.7, softness=0.5),
+    "long lute": partial(plucked_string, ring=3.0, damping=0.35, softness=0.1, drive=1.5),
+    "piano": partial(plucked_string, ring=4.0, damping=0.5, softness=1.4),
+    "fingered bass": partial(plucked_string, ring=3.0, damping=2.0, softness=1.3),
+    "distorted guitar": partial(plucked_string, ring=2.5, damping=0.3, softness=0.6, drive=9.0),
+    "electric piano": partial(fm_tone, ratio=1.0, index=1.2, decay=1.0),
+    "bells": partial(fm_tone, ratio=3.51, index=1.6, decay=1.2),
+    "mallets": partial(fm_tone, ratio=4.0, index=0.7, decay=0.3),
+    "flute": partial(wave, tilt=2.2, vibrato=0.25, attack=0.07, breath=0.03),
+    "reed": partial(wave, tilt=0.8, formants_hz=(1100, 2900), vibrato=0.3, attack=0.05),
+    "voice": partial(wave, formants_hz=(650, 1150, 2800), vibrato=0.35, attack=0.06),
+    "strings": partial(wave, voices=3, cutoff_hz=2200, attack=0.35, release=0.4, vibrato=0.15),
+    "warm pad": partial(wave, voices=3, cutoff_hz=1100, attack=0.5, release=0.5),
+    "organ": partial(wave, tilt=1.4, cutoff_hz=2500, vibrato=0.1),
+    "saw lead": partial(wave, voices=2, cutoff_hz=4500, attack=0.01),
+    "saw stabs": partial(wave, voices=3, cutoff_hz=5000, attack=0.005, decay=0.35),
+    "synth pluck": partial(wave, voices=2, cutoff_hz=3500, attack=0.003, decay=0.22),
+    "synth bass": partial(wave, cutoff_hz=900, attack=0.005, decay=0.5),
+    "sub bass": partial(wave, tilt=2.5, cutoff_hz=300, attack=0.01),
+    "noise swell": noise_swell,
+}
+
+
+@dataclass(frozen=True)
+class Drum:
+    """A sine that falls to its pitch, plus high-passed noise; times in s, frequencies in Hz."""
+
+    hertz: float
+    fall: float
+    decay: float
+    noise: float
+    noise_hz: float
+    noise_decay: float
+
+
+# Kick, snare, closed hat, open hat, tom; of hand drums the low and high strokes, a shaker, slap and tap.
+DRUM_KITS = {
+    "drum machine": {
+        "k": Drum(50, 5.0, 0.25, 0.05, 3000, 0.01),
+        "s": Drum(185, 1.5, 0.05, 0.60, 1500, 0.12),
+        "h": Drum(0, 1.0, 0.01, 0.22, 8000, 0.03),
+        "o": Drum(0, 1.0, 0.01, 0.22, 7000, 0.18),
+        "t": Drum(120, 2.0, 0.20, 0.05, 1000, 0.05),
+    },
+    "drum set": {
+        "k": Drum(62, 3.0, 0.14, 0.12, 1500, 0.02),
+        "s": Drum(210, 1.3, 0.09, 0.50, 900, 0.17),
+        "h": Drum(0, 1.0, 0.01, 0.20, 6500, 0.05),
+        "o": Drum(0, 1.0, 0.01, 0.35, 4000, 0.60),
+        "t": Drum(105, 1.6, 0.25, 0.10, 500, 0.06),
+    },
+    "hand drums": {
+        "k": Drum(85, 1.4, 0.22, 0.08, 700, 0.02),
+        "s": Drum(240, 1.3, 0.10, 0.25, 1800, 0.03),
+        "h": Drum(0, 1.0, 0.01, 0.15, 5000, 0.04),
+        "o": Drum(330, 1.1, 0.16, 0.06, 3000, 0.02),
+        "t": Drum(150, 1.5, 0.25, 0.05, 700, 0.03),
+    },
+}
+
+
+def drum_hit(drum: Drum, sample_rate: int, timbre: Timbre, rng: np.random.Generator) -> Samples:
+    """Strike a drum once [shape=(n_samples,)]."""
+    time = np.arange(int(5 * max(drum.decay, drum.noise_decay) * sample_rate)) / sample_rate
+    noise = rng.standard_normal(time.size, np.float32)
+    noise = filter_band(noise, "highpass", drum.noise_hz * min(timbre.brightness, 1.2), sample_rate)
+    hit = drum.noise * noise * np.exp(-time / drum.noise_decay)
+    if drum.hertz:
+        pitch = drum.hertz * timbre.drum_tuning * (1 + (drum.fall - 1) * np.exp(-time / 0.02))
+        hit += np.sin(2 * np.pi * np.cumsum(pitch) / sample_rate) * np.exp(-time / drum.decay)
+    return _fade(hit, sample_rate, 0.0005, 0.01)
+
+
+def filter_band(samples: Samples, kind: str, hertz: float, sample_rate: int) -> Samples:
+    """Apply a gentle ``lowpass`` or ``highpass`` (12 dB an octave) along the last axis."""
+    cutoff = min(hertz, 0.45 * sample_rate)
+    sections = signal.butter(2, cutoff, kind, fs=sample_rate, output="sos").astype(np.float32)
+    filtered: Samples = signal.sosfilt(sections, samples)
+    return filtered
+
+
+def _fade(samples: npt.NDArray[np.floating], sample_rate: int, attack: float, release: float) -> Samples:
+    """Ramp the two ends of a note (s), so that it does not click."""
+    faded = samples.astype(np.float32)
+    n_in, n_out = (min(int(ramp * sample_rate), samples.size // 2) + 1 for ramp in (attack, release))
+    faded[:n_in] *= np.linspace(0, 1, n_in, dtype=np.float32)
+    faded[-n_out:] *= np.linspace(1, 0, n_out, dtype=np.float32)
+    return faded
+
+
+def _overdrive(samples: Samples, drive: float, sample_rate: int) -> Samples:
+    """Clip softly, then dull the result as a guitar speaker does."""
+    if not drive:
+        return samples
+    return 0.5 * filter_band(np.tanh((1 + drive) * samples), "lowpass", 4500, sample_rate)
+
+
+def reverb(samples: Samples, seconds: float, sample_rate: int, rng: np.random.Generator) -> Samples:
+    """Convolve with decaying noise, a different one for each ear: a room [shape=(2, n_samples)]."""
+    time = np.arange(int(seconds * sample_rate), dtype=np.float32) / sample_rate
+    room = rng.standard_normal((2, time.size), np.float32) * np.exp(-6.9 * time / seconds)
+    room = filter_band(room / np.linalg.norm(room, axis=1, keepdims=True), "lowpass", 5000, sample_rate)
+    wet: Samples = signal.oaconvolve(samples[None], room, axes=1)[:, : samples.size]
+    return wet

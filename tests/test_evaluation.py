@@ -1,0 +1,439 @@
+"""Stage 7: metrics files that say what happened, and statistics checked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
+from sklearn.metrics import f1_score, precision_recall_fscore_support
+
+from fma_nb.dataset import load_pack, make_loader
+from fma_nb.evaluation import (
+    artist_groups,
+    bootstrap_accuracy,
+    correct_matrix,
+    evaluate,
+    evaluate_run,
+    genre_report,
+    mcnemar,
+    metrics_path,
+    paired_difference,
+    prediction_table,
+    read_metrics,
+    result_table,
+    train_and_evaluate,
+    trained_models,
+)
+from fma_nb.metadata import GENRES
+from fma_nb.model import build_model, count_parameters
+from fma_nb.project import FmaNbError, outputs_dir, spectrogram_dir
+from fma_nb.training import TrainConfig, default_config, load_checkpoint, predict_logits, read_log, run_files
+
+CPU = torch.device("cpu")
+RUN = "tiny"
+CONFIGS = {
+    "baseline": TrainConfig(epochs=3, batch_size=20, seed=4),
+    "crnn_no_gru": replace(default_config("crnn_no_gru"), epochs=2, batch_size=20),
+}
+N_SEEDS = 2
+Tree = dict[int, tuple[str, str, np.ndarray]]
+
+
+def remove_some(tree: Tree) -> None:
+    """Leave two genres a single track in val and test: macro-F1 is no weighted mean then."""
+    for split in ("val", "test"):
+        for genre in ("Folk", "Rock"):
+            for track_id in [i for i, row in tree.items() if row[:2] == (split, genre)][1:]:
+                del tree[track_id]
+                folder = spectrogram_dir("fma_small", "compact")
+                (folder / split / genre / f"{track_id:06d}.png").unlink()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tree, dict[str, dict[str, Any]]]]:
+    """Two models with two seeds each, trained and evaluated on val and test: the PNGs, the metrics."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMA_NB_DATA", str(root / "data"))
+        patch.setenv("FMA_NB_OUTPUTS", str(root / "outputs"))
+        tree = write_png_tree(
+            spectrogram_dir("fma_small", "compact"), {"train": 5, "val": 3, "test": 2}, seed=1
+        )
+        remove_some(tree)
+        pack = load_pack("fma_small", "compact")
+        metrics = {
+            name: train_and_evaluate(
+                config, pack, RUN, CPU, n_seeds=N_SEEDS, evaluation_split="test", progress=False
+            )
+            for name, config in CONFIGS.items()
+        }
+        yield tree, metrics
+
+
+def genres_of(tree: Tree, split: str) -> dict[str, str]:
+    return {str(track_id): genre for track_id, (where, genre, _) in tree.items() if where == split}
+
+
+# ----- metrics files -----
+
+
+def test_the_file_holds_what_was_returned(run: tuple[Tree, dict[str, Any]]) -> None:
+    _, metrics = run
+    for name in CONFIGS:
+        path = metrics_path(RUN, name)
+        assert path == outputs_dir() / RUN / "metrics" / f"{name}.json"
+        assert json.loads(path.read_text()) == metrics[name]
+    assert read_metrics(RUN, list(CONFIGS)) == metrics
+
+
+def test_the_file_tells_how_it_came_about(run: tuple[Tree, dict[str, Any]]) -> None:
+    _, metrics = run
+    pack = load_pack("fma_small", "compact")
+    for name, config in CONFIGS.items():
+        found = metrics[name]
+        assert found["config"] == asdict(config)
+        assert (found["model"], found["dataset"], found["preset"]) == (name, "fma_small", "compact")
+        assert found["synthetic"] is False
+        assert found["fingerprint"] == pack.fingerprint
+        assert found["genres"] == list(GENRES)
+        assert found["n_parameters"] == count_parameters(build_model(name, 8, 32, 32))
+        assert found["versions"]["torch"] == torch.__version__
+        assert found["device"].startswith("CPU")
+        assert [result["seed"] for result in found["seeds"]] == [config.seed, config.seed + 1]
+        for result in found["seeds"]:
+            files = run_files(RUN, name, result["seed"], config.seed)
+            log = read_log(files.log)
+            rows = log[log["seed"] == result["seed"]]
+            assert result["epochs"] == len(rows) == config.epochs
+            assert result["best_epoch"] == load_checkpoint(files.best)["epoch"]
+            assert result["seconds"] == pytest.approx(rows["seconds"].sum(), abs=0.06)
+            best = rows.set_index("epoch").loc[result["best_epoch"]]
+            assert result["val"]["accuracy"] == pytest.approx(best["val_accuracy"])
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_scores_follow_from_the_predictions(run: tuple[Tree, dict[str, Any]], model: str, split: str) -> None:
+    tree, metrics = run
+    truth = genres_of(tree, split)
+    assert metrics[model]["labels"][split] == truth
+    accuracies = []
+    for result in metrics[model]["seeds"]:
+        found = result[split]
+        assert found["predictions"].keys() == found["probabilities"].keys() == truth.keys()
+        correct = [found["predictions"][track_id] == genre for track_id, genre in truth.items()]
+        assert found["accuracy"] == pytest.approx(sum(correct) / len(correct))
+        y, p = zip(*((genre, found["predictions"][i]) for i, genre in truth.items()), strict=True)
+        expected = f1_score(y, p, labels=GENRES, average="macro", zero_division=0)
+        assert found["macro_f1"] == pytest.approx(expected)
+        for track_id, probabilities in found["probabilities"].items():
+            assert sum(probabilities) == pytest.approx(1, abs=5e-4)
+            assert probabilities[GENRES.index(found["predictions"][track_id])] == max(probabilities)
+        accuracies.append(found["accuracy"])
+    assert 0 < min(accuracies) < 1  # else this test would show little
+
+
+def test_predictions_are_the_best_checkpoints(run: tuple[Tree, dict[str, Any]]) -> None:
+    _, metrics = run
+    pack = load_pack("fma_small", "compact")
+    split = pack.split("test")
+    for name in CONFIGS:
+        networks = list(trained_models(RUN, name, pack, CPU))
+        assert len(networks) == N_SEEDS
+        for network, result in zip(networks, metrics[name]["seeds"], strict=True):
+            assert evaluate(network, pack, "test", CPU) == result["test"]
+            logits, _ = predict_logits(network, make_loader(split, 16), CPU)
+            predicted = {
+                str(i): pack.genres[g] for i, g in zip(split.track_ids, logits.argmax(1), strict=True)
+            }
+            assert predicted == result["test"]["predictions"]
+        first, second = (predict_logits(n, make_loader(split, 16), CPU)[0] for n in networks)
+        assert not torch.equal(first, second)
+
+
+def test_what_is_finished_is_not_trained_again(run: tuple[Tree, dict[str, Any]]) -> None:
+    _, metrics = run
+    folder = outputs_dir() / RUN / "checkpoints"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    pack = load_pack("fma_small", "compact")
+    again = train_and_evaluate(
+        CONFIGS["baseline"], pack, RUN, CPU, n_seeds=N_SEEDS, evaluation_split="test", progress=False
+    )
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert again["seeds"] == metrics["baseline"]["seeds"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({"evaluation_split": "train"}, "evaluation_split='train'"), ({"n_seeds": 0}, "n_seeds=0")],
+)
+@pytest.mark.usefixtures("run")
+def test_parameters_are_checked_before_training(arguments: dict[str, Any], name: str) -> None:
+    pack = load_pack("fma_small", "compact")
+    with pytest.raises(FmaNbError) as caught:
+        train_and_evaluate(CONFIGS["baseline"], pack, "untouched", CPU, progress=False, **arguments)
+    assert_one_sentence(caught.value, name)
+    assert not (outputs_dir() / "untouched").exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_a_missing_test_split_is_noticed_before_training() -> None:
+    write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1})
+    pack = load_pack("fma_mini", "compact")
+    with pytest.raises(FmaNbError, match="split 'test' is empty"):
+        train_and_evaluate(CONFIGS["baseline"], pack, RUN, CPU, evaluation_split="test", progress=False)
+    assert not outputs_dir().exists()
+    metrics = train_and_evaluate(CONFIGS["baseline"], pack, RUN, CPU, progress=False)
+    assert metrics["synthetic"] is True
+    assert list(metrics["labels"]) == ["val"]
+    assert "test" not in metrics["seeds"][0]
+
+
+Damage = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda m: m | {"fingerprint": "another"}, "fingerprint"),
+        (lambda m: m | {"preset": "full"}, "preset"),
+        (lambda m: m | {"dataset": "fma_mini"}, "dataset"),
+        (lambda m: m | {"genres": m["genres"][::-1]}, "genres"),
+        (lambda m: m | {"labels": {"val": m["labels"]["val"]}}, "labels"),
+        (lambda m: m | {"model": "baseline"}, "'baseline'"),
+        (lambda _: {"model": "crnn_no_gru"}, "metrics"),
+        (lambda _: [], "metrics"),
+    ],
+)
+@pytest.mark.usefixtures("project")
+def test_metrics_of_other_data_are_refused(
+    run: tuple[Tree, dict[str, Any]], damage: Damage, name: str
+) -> None:
+    _, metrics = run
+    for model, content in metrics.items():
+        path = metrics_path(RUN, model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(damage(content) if model == "crnn_no_gru" else content))
+    with pytest.raises(FmaNbError) as caught:
+        read_metrics(RUN, list(CONFIGS))
+    assert_one_sentence(caught.value, metrics_path(RUN, "crnn_no_gru"), name)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"model": ', b"\xff\xfe\x00"])
+@pytest.mark.usefixtures("project")
+def test_a_missing_or_damaged_metrics_file_is_named(content: bytes | None) -> None:
+    path = metrics_path(RUN, "crnn")
+    if content is not None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    with pytest.raises(FmaNbError) as caught:
+        read_metrics(RUN, ["crnn"])
+    assert_one_sentence(caught.value, path, "missing" if content is None else "damaged")
+
+
+def test_trained_models_are_evaluated_on_demand(run: tuple[Tree, dict[str, Any]]) -> None:
+    _, metrics = run
+    text = evaluate_run(RUN, "baseline", "fma_small", "compact", "test", "cpu")
+    scores = [result["test"] for result in metrics["baseline"]["seeds"]]
+    assert f"{np.mean([s['accuracy'] for s in scores]):.4f}" in text
+    assert f"{np.mean([s['macro_f1'] for s in scores]):.4f}" in text
+    recall = genre_report(metrics["baseline"], "test")["recall"]
+    for genre in GENRES:
+        assert f"{genre:<14}{recall[genre]:.3f}" in text
+
+
+# ----- tables -----
+
+
+def test_prediction_table_and_matrix(run: tuple[Tree, dict[str, Any]]) -> None:
+    tree, metrics = run
+    table = prediction_table(metrics["baseline"], "val")
+    assert len(table) == N_SEEDS * 20
+    assert table["track_id"].tolist()[:20] == [int(i) for i in metrics["baseline"]["labels"]["val"]]
+    assert (table["genre"] == [tree[i][1] for i in table["track_id"]]).all()
+    assert (table["correct"] == (table["genre"] == table["predicted"])).all()
+
+    matrix = correct_matrix(metrics["baseline"], "val")
+    assert matrix.shape == (N_SEEDS, 20)
+    for seed, result in zip(matrix.index, metrics["baseline"]["seeds"], strict=True):
+        assert seed == result["seed"]
+        assert matrix.loc[seed].mean() == pytest.approx(result["val"]["accuracy"])
+        for track_id in matrix.columns:
+            right = result["val"]["predictions"][str(track_id)] == tree[track_id][1]
+            assert matrix.loc[seed, track_id] == right
+
+
+def test_genre_report_averages_over_seeds(run: tuple[Tree, dict[str, Any]]) -> None:
+    tree, metrics = run
+    truth = genres_of(tree, "val")
+    reports = [
+        precision_recall_fscore_support(
+            list(truth.values()),
+            [result["val"]["predictions"][i] for i in truth],
+            labels=GENRES,
+            zero_division=0,
+        )
+        for result in metrics["baseline"]["seeds"]
+    ]
+    report = genre_report(metrics["baseline"], "val")
+    assert list(report.index) == list(GENRES)
+    for i, column in enumerate(["precision", "recall", "f1-score", "support"]):
+        expected = np.mean([r[i] for r in reports], axis=0)
+        np.testing.assert_allclose(report[column].to_numpy(), expected)
+
+
+def test_result_table(run: tuple[Tree, dict[str, Any]]) -> None:
+    _, metrics = run
+    table = result_table(metrics).set_index("model")
+    assert list(table.index) == list(CONFIGS)
+    for name in CONFIGS:
+        row, results = table.loc[name], metrics[name]["seeds"]
+        assert row["parameters"] == metrics[name]["n_parameters"]
+        assert row["seeds"] == N_SEEDS
+        for split in ("val", "test"):
+            accuracies = [result[split]["accuracy"] for result in results]
+            assert row[f"{split}_accuracy"] == pytest.approx(statistics.mean(accuracies))
+            assert row[f"{split}_std"] == pytest.approx(statistics.stdev(accuracies))
+            macro_f1 = statistics.mean(result[split]["macro_f1"] for result in results)
+            assert row[f"{split}_macro_f1"] == pytest.approx(macro_f1)
+        assert row["seconds"] == pytest.approx(statistics.mean(r["seconds"] for r in results))
+
+    single = metrics["baseline"] | {"seeds": metrics["baseline"]["seeds"][:1]}
+    assert math.isnan(result_table({"baseline": single})["val_std"].iloc[0])
+
+
+def test_groups_are_artists_where_they_are_known(project: Path) -> None:
+    assert artist_groups("fma_small", [5, 2]) == [5, 2]
+    write_tracks_csv(
+        project / "data" / "raw" / "fma_metadata" / "tracks.csv",
+        [track_row(2, "Rock", artist_id=70), track_row(5, "Rock", artist_id=70), track_row(9, "Pop")],
+    )
+    assert artist_groups("fma_small", [5, 9, 2]) == [70, 9, 70]
+    # A track that the metadata does not have stays a group of its own, whatever the artists' ids.
+    with_unknown = artist_groups("fma_small", [70, 2, 9, 71])
+    assert len(set(with_unknown)) == 4
+
+
+# ----- statistics -----
+
+
+def matrix(values: np.ndarray) -> pd.DataFrame:
+    """Right and wrong answers [shape=(n_seeds, n_tracks)] as `correct_matrix` gives them."""
+    return pd.DataFrame(np.atleast_2d(values).astype(float))
+
+
+def answers(n_tracks: int, accuracy: float, seed: int = 0, n_seeds: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).random((n_seeds, n_tracks)) < accuracy
+
+
+def exact_binomial(k: int, n: int) -> float:
+    """Two-sided: all outcomes that are at most as likely as the one seen."""
+    chances = [math.comb(n, i) / 2**n for i in range(n + 1)]
+    return min(1.0, sum(chance for chance in chances if chance <= chances[k] * (1 + 1e-9)))
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second"), [(0, 0), (1, 0), (5, 0), (3, 9), (9, 3), (40, 60), (8, 8)]
+)
+def test_mcnemar_by_hand(only_first: int, only_second: int) -> None:
+    first = [1] * 20 + [0] * 15 + [1] * only_first + [0] * only_second
+    second = [1] * 20 + [0] * 15 + [0] * only_first + [1] * only_second
+    result = mcnemar(first, second)
+    assert (result.only_first, result.only_second) == (only_first, only_second)
+    assert result.p_value == pytest.approx(exact_binomial(only_first, only_first + only_second))
+    assert mcnemar(second, first).p_value == pytest.approx(result.p_value)
+
+
+def test_mcnemar_needs_the_same_clips() -> None:
+    with pytest.raises(FmaNbError, match="same clips"):
+        mcnemar([1], [0, 1, 1])
+
+
+@pytest.mark.parametrize("accuracy", [0.3, 0.6])
+def test_bootstrap_of_independent_tracks_is_normal(accuracy: float) -> None:
+    correct = answers(800, accuracy)
+    estimate = bootstrap_accuracy(matrix(correct), range(800))
+    mean = correct.mean()
+    half_width = 1.96 * math.sqrt(mean * (1 - mean) / 800)
+    assert estimate.value == pytest.approx(mean)
+    assert estimate.low == pytest.approx(mean - half_width, abs=0.1 * half_width)
+    assert estimate.high == pytest.approx(mean + half_width, abs=0.1 * half_width)
+
+
+def test_bootstrap_by_artist_is_wider_when_artists_agree() -> None:
+    correct = answers(80, 0.5).repeat(10, axis=1)  # 80 artists with 10 tracks, all right or all wrong
+    artists = np.arange(80).repeat(10)
+    alone = bootstrap_accuracy(matrix(correct), range(800))
+    grouped = bootstrap_accuracy(matrix(correct), list(artists))
+    assert alone.value == grouped.value == pytest.approx(correct.mean())
+    ratio = (grouped.high - grouped.low) / (alone.high - alone.low)
+    assert ratio == pytest.approx(math.sqrt(10), rel=0.1)
+    # The order of tracks and the names of artists do not matter.
+    order = np.random.default_rng(0).permutation(800)
+    shuffled = bootstrap_accuracy(matrix(correct[:, order]), list(1000 - artists[order]))
+    assert shuffled.high - shuffled.low == pytest.approx(grouped.high - grouped.low, rel=0.1)
+
+
+def test_bootstrap_sees_how_much_seeds_differ() -> None:
+    half = answers(800, 0.5)
+    alike = bootstrap_accuracy(matrix(half.repeat(3, axis=0)), range(800))
+    single = bootstrap_accuracy(matrix(half), range(800))
+    assert alike.high - alike.low == pytest.approx(single.high - single.low, rel=0.1)
+    apart = np.vstack([answers(800, accuracy, seed=i) for i, accuracy in enumerate((0.3, 0.5, 0.7))])
+    spread = bootstrap_accuracy(matrix(apart), range(800))
+    assert spread.high - spread.low > 3 * (single.high - single.low)
+
+
+def test_bootstrap_is_the_same_every_time() -> None:
+    correct = matrix(answers(100, 0.5, n_seeds=3))
+    assert bootstrap_accuracy(correct, range(100)) == bootstrap_accuracy(correct, range(100))
+    assert str(bootstrap_accuracy(matrix(np.ones(50)), range(50))) == "+1.000 [+1.000, +1.000]"
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    correct = matrix(answers(800, 0.6))
+    estimate = paired_difference(correct, correct, range(800))
+    assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
+
+
+def test_pairing_sees_a_small_steady_difference() -> None:
+    baseline = answers(800, 0.5)
+    better = baseline.copy()
+    better[0, np.flatnonzero(~baseline[0])[:40]] = True  # the same answers, and 5 % more right
+    estimate = paired_difference(matrix(better), matrix(baseline), range(800))
+    half_width = 1.96 * math.sqrt(0.05 * 0.95 / 800)
+    assert estimate.value == pytest.approx(0.05)
+    assert estimate.low == pytest.approx(0.05 - half_width, abs=0.15 * half_width)
+    assert estimate.high == pytest.approx(0.05 + half_width, abs=0.15 * half_width)
+    reverse = paired_difference(matrix(baseline), matrix(better), range(800))
+    assert reverse.value == pytest.approx(-0.05)
+
+
+def test_pairing_needs_the_same_tracks() -> None:
+    correct = matrix(answers(20, 0.5))
+    for other in (correct.iloc[:, :-1], correct.iloc[:, ::-1], correct.rename(columns={3: 99})):
+        with pytest.raises(FmaNbError, match="same tracks"):
+            paired_difference(correct, other, range(20))
+
+
+def test_comparing_trained_models(run: tuple[Tree, dict[str, Any]]) -> None:
+    """The way from metrics files to a comparison, as notebook 05 goes it."""
+    _, metrics = run
+    first, second = (correct_matrix(metrics[name], "test") for name in ("crnn_no_gru", "baseline"))
+    estimate = paired_difference(first, second, artist_groups("fma_small", list(first.columns)))
+    means = [
+        statistics.mean(result["test"]["accuracy"] for result in metrics[name]["seeds"])
+        for name in ("crnn_no_gru", "baseline")
+    ]
+    assert estimate.value == pytest.approx(means[0] - means[1])
+    assert estimate.low <= estimate.value <= estimate.high

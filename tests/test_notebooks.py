@@ -1,0 +1,94 @@
+"""The notebooks' form, and that the networks they build in view are the package's."""
+
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from torch import nn
+
+from fma_nb import model, training
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("0*.ipynb"))
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def tagged_source(number, tag):
+    path = next(p for p in NOTEBOOKS if p.name.startswith(number))
+    return next(c.source for c in code_cells(path) if tag in c.metadata.get("tags", []))
+
+
+def test_there_are_five():
+    names = ["01_eda", "02_spectrograms", "03_baseline", "04_crnn", "05_comparison"]
+    assert [path.stem for path in NOTEBOOKS] == names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+class TestForm:
+    def test_one_parameters_cell_with_typed_and_explained_scalars(self, path):
+        cells = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
+        assert len(cells) == 1
+        for line in cells[0].source.splitlines():
+            assert ": " in line and " = " in line and "  # " in line, line
+
+    def test_plain_kernel_and_small_file(self, path):
+        assert read(path).metadata.kernelspec.name == "python3"
+        assert path.stat().st_size < 1_000_000
+
+    def test_short_cells(self, path):
+        lengths = [len(cell.source.splitlines()) for cell in code_cells(path)]
+        assert statistics.median(lengths) <= 8 and max(lengths) <= 40
+
+    def test_executed_in_order_without_errors_or_warnings(self, path):
+        cells = code_cells(path)
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        for output in (output for cell in cells for output in cell.outputs):
+            assert output.output_type != "error" and output.get("name") != "stderr"
+
+    def test_no_output_tells_of_the_machine_it_ran_on(self, path):
+        root = str(Path(__file__).resolve().parent.parent)
+        assert root not in path.read_text()
+
+    def test_a_text_cell_stands_before_and_after_most_code_cells(self, path):
+        kinds = [cell.cell_type for cell in read(path).cells]
+        runs = "".join(kind[0] for kind in kinds)
+        assert "ccc" not in runs, "three code cells without a word between them"
+
+
+def network_of_notebook(number, class_name, namespace):
+    exec(tagged_source(number, "model"), namespace)
+    return namespace[class_name]
+
+
+def same_network(ours, theirs, inputs):
+    theirs.load_state_dict(ours.state_dict())
+    same_names = list(ours.state_dict()) == list(theirs.state_dict())
+    return same_names and torch.equal(ours.eval()(inputs), theirs.eval()(inputs))
+
+
+@pytest.mark.parametrize("n_frames", [128, 300])
+def test_the_baseline_of_notebook_03_is_the_packages(n_frames):
+    kind = network_of_notebook("03", "BaselineCNN", {"nn": nn, "model": model})
+    training.seed_everything(1)
+    ours = kind(5, 128, n_frames)
+    theirs = model.build_model("baseline", 5, 128, n_frames)
+    assert same_network(ours, theirs, torch.rand(2, 1, 128, n_frames))
+
+
+@pytest.mark.parametrize(("name", "n_hidden"), [("crnn", 96), ("crnn_no_gru", 0)])
+def test_the_crnn_of_notebook_04_is_the_packages(name, n_hidden):
+    namespace = {"nn": nn, "torch": torch}
+    path = next(p for p in NOTEBOOKS if p.name.startswith("04"))
+    exec(next(c.source for c in code_cells(path) if "def conv_block" in c.source), namespace)
+    kind = network_of_notebook("04", "CRNN", namespace)
+    ours = kind(5, 128, n_hidden)
+    theirs = model.build_model(name, 5, 128, 64)
+    assert same_network(ours, theirs, torch.rand(2, 1, 128, 64))

@@ -1,0 +1,127 @@
+"""The main job and the command line, run as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from fma_nb.mini import make_fma_mini
+
+from fma_nb.project import FmaNbError, project_root
+from fma_nb.run import RunRequest, notebook_parameters, run_notebooks
+
+
+def fma_nb(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "fma_nb", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """All five notebooks on fma_mini, one epoch and one seed, in a folder of their own."""
+    os.environ["FMA_NB_DATA"] = str(project_root() / "data")  # undone when the module's tests are over
+    make_fma_mini()
+    outputs = tmp_path_factory.mktemp("outputs")
+    command = ("run", "--run", "tiny", "--device", "cpu", "-p", "epochs", "1", "-p", "n_seeds", "1")
+    return outputs, command, fma_nb(*command, FMA_NB_OUTPUTS=str(outputs))
+
+
+def test_the_main_job_ends_with_a_report(whole_run):
+    outputs, _, done = whole_run
+    assert done.returncode == 0, done.stderr
+    index = outputs / "tiny" / "report" / "index.html"
+    assert str(index) in done.stdout.splitlines()[-1]
+    html = index.read_text()
+    assert "Synthetic data" in html and "CRNN without GRU" in html
+    linked = re.findall(r'href="(0\d_\w+\.html)"', html)
+    assert len(linked) == 5 and all((index.parent / page).exists() for page in linked)
+    assert html.count("<img ") == html.count('alt="') >= 5
+
+
+def test_the_pages_fetch_nothing_from_outside(whole_run):
+    outputs, _, _ = whole_run
+    for page in (outputs / "tiny" / "report").glob("*.html"):
+        fetched = re.findall(r'(?:src|<link[^>]*href)="?(https?:[^" >]+)', page.read_text())
+        assert not fetched, (page.name, fetched[:3])
+
+
+def test_checkpoints_logs_and_metrics_are_written(whole_run):
+    folder = whole_run[0] / "tiny"
+    for model in ("baseline", "crnn", "crnn_no_gru"):
+        assert (folder / "checkpoints" / f"{model}_best.pt").exists()
+        assert (folder / "checkpoints" / f"{model}_last.pt").exists()
+        assert len((folder / "logs" / f"{model}.csv").read_text().splitlines()) == 2
+        metrics = json.loads((folder / "metrics" / f"{model}.json").read_text())
+        assert metrics["synthetic"] and set(metrics["labels"]) == {"val", "test"}
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.partial.ipynb"))
+
+
+def test_a_second_run_does_nothing_and_a_lost_result_is_made_again(whole_run):
+    outputs, command, _ = whole_run
+    again = fma_nb(*command, FMA_NB_OUTPUTS=str(outputs))
+    assert again.returncode == 0 and again.stdout.count("up to date") == 5
+    (outputs / "tiny" / "metrics" / "crnn.json").unlink()
+    mended = fma_nb(*command, FMA_NB_OUTPUTS=str(outputs))
+    assert mended.returncode == 0, mended.stderr
+    assert mended.stdout.count("up to date") >= 3 and "04_crnn: running" in mended.stdout
+    assert (outputs / "tiny" / "metrics" / "crnn.json").exists()
+
+
+def test_a_failing_cell_stops_the_run_and_is_named(whole_run, monkeypatch):
+    outputs, _, _ = whole_run
+    damaged = outputs / "damaged" / "metrics"
+    damaged.mkdir(parents=True)
+    (damaged / "baseline.json").write_text("{}")
+    monkeypatch.setenv("FMA_NB_OUTPUTS", str(outputs))
+    with pytest.raises(
+        FmaNbError, match=r"05_comparison failed in cell \d+: FmaNbError: .*baseline"
+    ) as caught:
+        run_notebooks(RunRequest(run="damaged", only=("05",)))
+    partial = str(caught.value).split()[-1]
+    assert any(
+        output.output_type == "error"
+        for cell in nbformat.read(partial, as_version=4).cells
+        for output in cell.get("outputs", [])
+    )
+    assert not (outputs / "damaged" / "notebooks" / "05_comparison.ipynb").exists()
+
+
+BAD_COMMANDS = {
+    "unknown parameter": (("-p", "epoch", "3"), "-p epoch"),
+    "not a number": (("-p", "epochs", "many"), "-p epochs many"),
+    "no epochs": (("-p", "epochs", "0"), "epochs=0"),
+    "no batch": (("-p", "batch_size", "0"), "batch_size=0"),
+    "negative learning rate": (("-p", "lr", "-1"), "lr=-1"),
+    "no seeds": (("-p", "n_seeds", "0"), "n_seeds=0"),
+    "unknown dataset": (("--dataset", "gtzan"), "gtzan"),
+    "unknown preset": (("--preset", "tiny"), "preset='tiny'"),
+    "unknown device": (("--device", "tpu"), "device='tpu'"),
+    "unknown notebook": (("--only", "07"), "--only 07"),
+    "unknown split": (("-p", "evaluation_split", "train"), "evaluation_split='train'"),
+    "run name with a path": (("--run", "../elsewhere"), "run='../elsewhere'"),
+    "missing dataset": (("--dataset", "fma_small"), "fma-nb download"),
+    "missing spectrograms": (("--dataset", "fma_small", "--only", "03"), "fma-nb spectrograms"),
+    "unknown kernel": (("--kernel", "cobol"), "cobol"),
+}
+
+
+@pytest.mark.parametrize("arguments, named", BAD_COMMANDS.values(), ids=BAD_COMMANDS.keys())
+def test_bad_input_is_one_sentence_before_any_work(arguments, named, tmp_path):
+    done = fma_nb("run", *arguments, FMA_NB_DATA=str(tmp_path / "data"), FMA_NB_OUTPUTS=str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "data").exists()
+
+
+def test_parameters_keep_their_types():
+    declared = notebook_parameters("03_baseline")
+    assert (declared["epochs"], declared["lr"], declared["dataset"]) == (10, 1e-3, "fma_mini")
+    assert isinstance(declared["epochs"], int) and isinstance(declared["lr"], float)

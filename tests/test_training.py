@@ -1,0 +1,657 @@
+"""Stage 6: the same bits every time, also after a kill, and nothing that fails without a sentence."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_one_sentence, write_png_tree
+
+from fma_nb.dataset import Pack, load_pack, make_loader, to_input
+from fma_nb.evaluation import evaluate
+from fma_nb.project import FmaNbError, project_root, spectrogram_dir
+from fma_nb.training import (
+    LOG_COLUMNS,
+    RunFiles,
+    TrainConfig,
+    augment,
+    default_config,
+    fit,
+    load_checkpoint,
+    load_model,
+    lr_factor,
+    predict_logits,
+    read_log,
+    resolve_device,
+    run_files,
+    score_loader,
+    seeds,
+    shift_in_time,
+)
+
+CPU = torch.device("cpu")
+BASELINE = TrainConfig(epochs=3, batch_size=20)
+CRNN = replace(default_config("crnn"), epochs=3, batch_size=20)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``data/`` folder with tiny spectrograms: 48 to train on, 24 to validate."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMA_NB_DATA", str(folder))
+        write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 6, "val": 3})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pack(data: Path) -> Iterator[Pack]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMA_NB_DATA", str(data))
+        yield load_pack("fma_small", "compact")
+
+
+def files_in(folder: Path) -> RunFiles:
+    return RunFiles(folder / "m_best.pt", folder / "m_last.pt", folder / "m.csv")
+
+
+def train(config: TrainConfig, pack: Pack, folder: Path) -> RunFiles:
+    files = files_in(folder)
+    fit(config, pack, files, CPU, progress=False)
+    return files
+
+
+def checkpoints(files: RunFiles) -> tuple[bytes, bytes]:
+    return files.best.read_bytes(), files.last.read_bytes()
+
+
+def epochs_in(files: RunFiles) -> list[int]:
+    return read_log(files.log)["epoch"].tolist()
+
+
+@pytest.fixture(scope="module")
+def trained(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFiles]:
+    """A baseline and a CRNN, trained without interruption. Copy before changing anything."""
+    root = tmp_path_factory.mktemp("trained")
+    return {
+        config.model: train(config, pack, root / config.model)
+        for config in (replace(BASELINE, epochs=8, lr=3e-3), CRNN)
+    }
+
+
+# ----- the loop -----
+
+
+def test_training_learns(trained: dict[str, RunFiles]) -> None:
+    log = read_log(trained["baseline"].log)
+    assert list(log.columns) == LOG_COLUMNS
+    assert log["epoch"].tolist() == list(range(8))
+    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+    assert log["val_accuracy"].max() > 0.5  # chance is 0.125
+    assert (log["lr"] == 3e-3).all()
+    assert (log["seconds"] > 0).all()
+
+
+@pytest.mark.parametrize("model", ["baseline", "crnn"])
+def test_the_best_checkpoint_is_the_best_row_of_the_log(
+    pack: Pack, trained: dict[str, RunFiles], model: str
+) -> None:
+    files = trained[model]
+    log = read_log(files.log).sort_values(["val_accuracy", "val_loss"], ascending=[False, True])
+    best = load_checkpoint(files.best)
+    assert best["epoch"] == log["epoch"].iloc[0]
+    assert best["val_accuracy"] == pytest.approx(log["val_accuracy"].iloc[0])
+    network = load_model(files.best, model, pack, CPU)
+    assert evaluate(network, pack, "val", CPU)["accuracy"] == pytest.approx(best["val_accuracy"])
+
+    last = load_checkpoint(files.last)
+    assert last["epoch"] == log["epoch"].max()
+    assert last["genres"] == list(pack.genres)
+    assert (last["preset"], last["dataset"], last["fingerprint"]) == (
+        "compact",
+        "fma_small",
+        pack.fingerprint,
+    )
+
+
+def test_accuracy_counts_clips_not_batches(pack: Pack, tmp_path: Path) -> None:
+    """48 clips in batches of 20, 20 and 8: a mean of batch means would weigh the last ones too much."""
+    log = read_log(train(replace(BASELINE, epochs=4), pack, tmp_path).log)
+    for accuracies, n_clips in ((log["train_accuracy"], 48), (log["val_accuracy"], 24)):
+        correct = accuracies * n_clips
+        np.testing.assert_allclose(correct, correct.round(), atol=1e-4)
+
+    network = load_model(tmp_path / "m_last.pt", "baseline", pack, CPU)
+    scores = [score_loader(network, make_loader(pack.split("val"), size), CPU) for size in (24, 7, 1)]
+    for loss, accuracy in scores:
+        assert loss == pytest.approx(scores[0][0], rel=1e-2)  # bfloat16 rounds differently by batch size
+        assert accuracy == pytest.approx(scores[0][1], abs=1 / 24 + 1e-6)
+    assert scores[0] == pytest.approx((log["val_loss"].iloc[-1], log["val_accuracy"].iloc[-1]))
+
+
+def test_evaluation_changes_nothing_and_drops_nothing(pack: Pack, trained: dict[str, RunFiles]) -> None:
+    network = load_model(trained["crnn"].last, "crnn", pack, CPU).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    first, labels = predict_logits(network, make_loader(pack.split("val"), 10), CPU)
+    second, _ = predict_logits(network, make_loader(pack.split("val"), 10), CPU)
+    assert torch.equal(first, second)
+    assert labels.tolist() == pack.split("val").labels.tolist()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# ----- the same bits -----
+
+
+@pytest.mark.parametrize("config", [BASELINE, CRNN], ids=lambda c: c.model)
+def test_a_second_run_gives_the_same_files(pack: Pack, tmp_path: Path, config: TrainConfig) -> None:
+    first = train(config, pack, tmp_path / "one")
+    torch.rand(7)  # what happened before does not matter
+    np.random.rand(7)
+    second = train(config, pack, tmp_path / "two")
+    assert checkpoints(first) == checkpoints(second)
+    columns = [c for c in LOG_COLUMNS if c != "seconds"]
+    pd.testing.assert_frame_equal(read_log(first.log)[columns], read_log(second.log)[columns])
+
+    other = train(replace(config, seed=1), pack, tmp_path / "three")
+    for mine, theirs in zip(weights(first), weights(other), strict=True):
+        assert not torch.equal(mine, theirs)
+
+
+def weights(files: RunFiles) -> list[torch.Tensor]:
+    state = load_checkpoint(files.last)["model_state"]
+    return [value for name, value in state.items() if name.endswith("weight")]
+
+
+def test_several_threads_give_the_same_files_too(pack: Pack, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config = replace(CRNN, model="crnn_no_gru", epochs=1, batch_size=48)
+    try:
+        first, second = (train(config, pack, tmp_path / name) for name in ("one", "two"))
+    finally:
+        torch.set_num_threads(threads)
+    assert checkpoints(first) == checkpoints(second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [BASELINE, CRNN], ids=lambda c: c.model)
+def test_a_gpu_gives_the_same_files_too(pack: Pack, tmp_path: Path, config: TrainConfig) -> None:
+    files = [files_in(tmp_path / name) for name in ("one", "two")]
+    for one in files:
+        fit(config, pack, one, resolve_device("cuda"), progress=False)
+    assert checkpoints(files[0]) == checkpoints(files[1])
+    accuracy = load_checkpoint(files[0].best)["val_accuracy"]
+    network = load_model(files[0].best, config.model, pack, CPU)
+    assert evaluate(network, pack, "val", CPU)["accuracy"] == pytest.approx(accuracy, abs=2 / 24)
+
+
+# Kills itself with SIGKILL just before a file that an epoch writes gets its final name.
+KILLED_SCRIPT = """
+import os, signal, sys
+import torch
+from fma_nb.dataset import load_pack
+from fma_nb.training import RunFiles, TrainConfig, fit
+from pathlib import Path
+
+name, nth, threads, config = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
+torch.set_num_threads(threads)
+folder, seen = Path.cwd(), 0
+
+def kill(event, args):
+    global seen
+    if event == "os.rename" and Path(args[1]).name == name:
+        seen += 1
+        if seen == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+files = RunFiles(folder / "m_best.pt", folder / "m_last.pt", folder / "m.csv")
+fit(TrainConfig(**config), load_pack("fma_small", "compact"), files, torch.device("cpu"), progress=False)
+"""
+
+
+def train_and_be_killed(config: TrainConfig, data: Path, folder: Path, name: str, nth: int) -> RunFiles:
+    folder.mkdir()
+    arguments = [name, str(nth), str(torch.get_num_threads()), repr(asdict(config))]
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED_SCRIPT, *arguments],
+        cwd=folder,
+        env=os.environ | {"FMA_NB_DATA": str(data), "PYTHONPATH": str(project_root())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    return files_in(folder)
+
+
+@pytest.mark.parametrize(("name", "epochs_logged"), [("m.csv", [0, 1]), ("m_last.pt", [0, 1, 2])])
+def test_a_killed_run_goes_on_to_the_same_files(
+    pack: Pack, data: Path, tmp_path: Path, name: str, epochs_logged: list[int]
+) -> None:
+    """Killed in its third epoch: before the log's row is there, or with all written but ``last``."""
+    config = replace(CRNN, epochs=4)
+    straight = train(config, pack, tmp_path / "straight")
+
+    killed = train_and_be_killed(config, data, tmp_path / "killed", name, 3)
+    assert load_checkpoint(killed.last)["epoch"] == 1
+    assert epochs_in(killed) == epochs_logged
+    fit(config, pack, killed, CPU, progress=False)
+
+    assert checkpoints(killed) == checkpoints(straight)
+    assert epochs_in(killed) == [0, 1, 2, 3]
+    columns = [c for c in LOG_COLUMNS if c != "seconds"]
+    pd.testing.assert_frame_equal(read_log(killed.log)[columns], read_log(straight.log)[columns])
+
+
+def copy_of(files: RunFiles, folder: Path) -> RunFiles:
+    shutil.copytree(files.best.parent, folder)
+    return files_in(folder)
+
+
+def test_a_completed_run_is_not_trained_again(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path
+) -> None:
+    files = copy_of(trained["crnn"], tmp_path / "copy")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "copy").iterdir()}
+    fit(CRNN, pack, files, CPU, progress=False)
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "copy").iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize("lost", ["best", "last", "log"])
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut"])
+def test_a_lost_or_damaged_file_is_made_again(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path, lost: str, content: bytes | None
+) -> None:
+    files = copy_of(trained["crnn"], tmp_path / "copy")
+    path: Path = getattr(files, lost)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    fit(CRNN, pack, files, CPU, progress=False)
+    assert checkpoints(files) == checkpoints(trained["crnn"])
+    assert epochs_in(files) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change", [{"lr": 2e-3}, {"epochs": 2}, {"seed": 3}])
+def test_another_configuration_starts_over(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config = replace(CRNN, **change)
+    files = copy_of(trained["crnn"], tmp_path / "copy")
+    fit(config, pack, files, CPU, progress=False)
+    fresh = train(config, pack, tmp_path / "fresh")
+    assert checkpoints(files) == checkpoints(fresh)
+    assert load_checkpoint(files.last)["config"] == asdict(config)
+    log = read_log(files.log)
+    assert log[log["seed"] == config.seed]["epoch"].tolist() == list(range(config.epochs))
+
+
+def test_the_best_of_another_configuration_is_not_taken_over(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path
+) -> None:
+    """What is there when another training was killed after its first epoch's best checkpoint."""
+    files = copy_of(trained["crnn"], tmp_path / "copy")
+    other = train(replace(CRNN, seed=5, epochs=1), pack, tmp_path / "other")
+    shutil.copy(other.best, files.best)
+    fit(CRNN, pack, files, CPU, progress=False)
+    assert checkpoints(files) == checkpoints(trained["crnn"])
+
+
+def test_a_log_without_this_seed_is_not_taken_for_complete(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path
+) -> None:
+    """Seeds share one log: when it is lost, the first seed makes a new one without the others' rows."""
+    files = copy_of(trained["crnn"], tmp_path / "copy")
+    log = read_log(files.log)
+    log.assign(seed=9).to_csv(files.log, index=False)
+    fit(CRNN, pack, files, CPU, progress=False)
+    assert read_log(files.log).groupby("seed")["epoch"].apply(list).to_dict() == {0: [0, 1, 2], 9: [0, 1, 2]}
+
+
+def test_other_data_starts_over(pack: Pack, trained: dict[str, RunFiles], tmp_path: Path) -> None:
+    files = copy_of(trained["crnn"], tmp_path / "copy")
+    fit(CRNN, replace(pack, fingerprint="other"), files, CPU, progress=False)
+    assert load_checkpoint(files.last)["fingerprint"] == "other"
+
+
+def test_early_stopping(pack: Pack, tmp_path: Path) -> None:
+    config = replace(BASELINE, epochs=9, patience=2, lr=1e-12)  # too small to change an answer
+    files = train(config, pack, tmp_path)
+    assert epochs_in(files) == [0, 1, 2]
+    assert load_checkpoint(files.last)["epoch"] == 2
+    before = checkpoints(files), files.log.read_bytes()
+    fit(config, pack, files, CPU, progress=False)
+    assert (checkpoints(files), files.log.read_bytes()) == before
+    train(replace(config, patience=0, epochs=4), pack, tmp_path)
+    assert epochs_in(files) == [0, 1, 2, 3]
+
+
+# ----- what is refused -----
+
+
+@pytest.mark.parametrize(("batch_size", "where"), [(20, "batch 1"), (48, "validation")])
+def test_a_loss_that_is_no_number_stops_training(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path, batch_size: int, where: str
+) -> None:
+    files = copy_of(trained["baseline"], tmp_path / "copy")
+    with pytest.raises(FmaNbError) as caught:
+        fit(replace(BASELINE, lr=1e12, batch_size=batch_size), pack, files, CPU, progress=False)
+    assert_one_sentence(caught.value, "baseline", "epoch 0", where, "lr", "'batch_size'")
+    assert checkpoints(files) == checkpoints(trained["baseline"])
+    assert files.log.read_bytes() == trained["baseline"].log.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "resnet"),
+        ("epochs", 0),
+        ("epochs", 2.5),
+        ("epochs", "3"),
+        ("batch_size", 0),
+        ("batch_size", 8.0),
+        ("lr", 0.0),
+        ("lr", -1e-3),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("lr", "1e-3"),
+        ("seed", -1),
+        ("optimizer", "sgd"),
+        ("weight_decay", -0.1),
+        ("warmup", 1.5),
+        ("warmup", -0.1),
+        ("warmup", "0.2"),
+        ("label_smoothing", 1.5),
+        ("label_smoothing", -0.1),
+        ("freq_mask", 1.5),
+        ("time_mask", -0.1),
+        ("mixup", -0.1),
+        ("mixup", math.nan),
+        ("patience", -1),
+    ],
+)
+def test_an_impossible_configuration_is_named(name: str, value: Any) -> None:
+    with pytest.raises(FmaNbError) as caught:
+        TrainConfig(**{name: value})
+    assert_one_sentence(caught.value, f"{name}={value!r}")
+
+
+def test_number_of_seeds() -> None:
+    assert [c.seed for c in seeds(replace(BASELINE, seed=4), 3)] == [4, 5, 6]
+    with pytest.raises(FmaNbError, match="n_seeds=0"):
+        list(seeds(BASELINE, 0))
+
+
+def test_the_first_seed_has_the_plain_names(project: Path) -> None:
+    first, second = (run_files("mine", "crnn", seed, first_seed=3) for seed in (3, 4))
+    folder = project / "outputs" / "mine"
+    assert first.best == folder / "checkpoints" / "crnn_best.pt"
+    assert first.last == folder / "checkpoints" / "crnn_last.pt"
+    assert first.log == second.log == folder / "logs" / "crnn.csv"
+    assert len({first.best, first.last, second.best, second.last}) == 4
+    for bad in ("", "..", "a/b", "/tmp/x"):
+        with pytest.raises(FmaNbError, match="run="):
+            run_files(bad, "crnn", 0, 0)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(FmaNbError, match="device='gpu' is unknown: choose auto, cpu or cuda"):
+        resolve_device("gpu")
+    for fraction in (0, -1, 1.5, math.nan):
+        with pytest.raises(FmaNbError, match="gpu_memory_fraction="):
+            resolve_device("cpu", fraction)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(FmaNbError) as caught:
+        resolve_device("cuda")
+    assert_one_sentence(caught.value, "device='cuda'", "device='auto'")
+
+
+def test_a_checkpoint_of_something_else_is_refused(pack: Pack, trained: dict[str, RunFiles]) -> None:
+    path = trained["crnn"].best
+    genres = pack.genres
+    for model, wrong, names in (
+        ("baseline", pack, ("model", "'crnn'", "'baseline'")),
+        ("crnn_no_gru", pack, ("model", "'crnn'", "'crnn_no_gru'")),
+        ("crnn", replace(pack, preset="full"), ("preset", "'compact'", "'full'")),
+        ("crnn", replace(pack, genres=genres[::-1]), ("genres", "Electronic")),
+        ("crnn", replace(pack, genres=genres[:-1]), ("genres", "Electronic")),
+    ):
+        with pytest.raises(FmaNbError) as caught:
+            load_model(path, model, wrong, CPU)
+        assert_one_sentence(caught.value, path, *names)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path
+) -> None:
+    content = load_checkpoint(trained["crnn"].best)
+    content["model_state"]["classifier.bias"] = torch.zeros(3)
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(FmaNbError) as caught:
+        load_model(tmp_path / "x.pt", "crnn", pack, CPU)
+    assert_one_sentence(caught.value, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello\n", b"\x00" * 64, b"PK\x03\x04 cut", b'{"model_state": 1}', b"\x80\x02garbage"],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(FmaNbError) as caught:
+        load_checkpoint(path)
+    assert_one_sentence(caught.value, path)
+
+
+def test_a_missing_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FmaNbError) as caught:
+        load_checkpoint(tmp_path / "x.pt")
+    assert_one_sentence(caught.value, tmp_path / "x.pt", "train")
+
+
+@pytest.mark.parametrize("missing", ["model_state", "config", "genres", "preset", "image_shape", "epoch"])
+def test_an_incomplete_checkpoint_is_refused(
+    trained: dict[str, RunFiles], tmp_path: Path, missing: str
+) -> None:
+    content = load_checkpoint(trained["crnn"].best)
+    del content[missing]
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(FmaNbError, match="not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_cut_or_flipped_checkpoint_is_refused(trained: dict[str, RunFiles], tmp_path: Path) -> None:
+    """Whatever byte it is cut at: a sentence, or (flipped within a number) a checkpoint; never a crash."""
+    whole = trained["baseline"].best.read_bytes()
+    path = tmp_path / "x.pt"
+    rng = np.random.default_rng(0)
+    for end in rng.integers(1, len(whole) - 1, 150):
+        path.write_bytes(whole[:end])
+        with pytest.raises(FmaNbError):
+            load_checkpoint(path)
+    for _ in range(150):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(0, 3000, 20)] = rng.integers(0, 256, 20)
+        path.write_bytes(damaged.tobytes())
+        try:
+            load_checkpoint(path)
+        except FmaNbError as error:
+            assert_one_sentence(error, path)
+
+
+class Bomb:
+    """Creates a file when it is unpickled by a careless reader."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str, int], int], tuple[str, int]]:
+        return os.open, (str(self.marker), os.O_CREAT)
+
+
+@pytest.mark.parametrize("as_checkpoint", [True, False])
+def test_nothing_in_a_checkpoint_is_executed(
+    trained: dict[str, RunFiles], tmp_path: Path, as_checkpoint: bool
+) -> None:
+    marker, path = tmp_path / "executed", tmp_path / "x.pt"
+    content = load_checkpoint(trained["crnn"].best) | {"config": Bomb(marker)}
+    if as_checkpoint:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(marker)))
+    with pytest.raises(FmaNbError):
+        load_checkpoint(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if as_checkpoint else pickle.loads(path.read_bytes())
+    assert marker.exists()  # the bomb is live
+
+
+@pytest.mark.parametrize("content", [None, b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b'"open'])
+def test_a_log_that_is_none_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "crnn.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FmaNbError) as caught:
+        read_log(path)
+    assert_one_sentence(caught.value, path)
+
+
+# ----- the ingredients -----
+
+
+@pytest.mark.parametrize("n_steps", [10, 1000])
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 0.5])
+def test_the_learning_rate_rises_and_falls_as_a_cosine(warmup: float, n_steps: int) -> None:
+    factor = lr_factor(warmup, n_steps)
+    values = np.array([factor(step) for step in range(n_steps)])
+    peak = int(values.argmax())
+    assert values[peak] == pytest.approx(1)
+    assert abs(peak - warmup * n_steps) <= 1
+    assert (values > 0).all()
+    assert np.diff(values[: peak + 1]) == pytest.approx(1 / max(1, round(warmup * n_steps)))
+    assert (np.diff(values[peak + 1 :]) < 0).all()
+    fall = n_steps - max(1, round(warmup * n_steps))
+    for part, expected in ((0.25, 0.854), (0.5, 0.5), (0.75, 0.146)):
+        if (part * fall).is_integer():
+            assert factor(n_steps - fall + int(part * fall)) == pytest.approx(expected, abs=1e-3)
+    assert factor(n_steps) == pytest.approx(0, abs=1e-9)
+
+
+def test_without_warmup_the_learning_rate_is_constant() -> None:
+    assert {lr_factor(None, 100)(step) for step in range(100)} == {1.0}
+
+
+def test_the_log_tells_the_learning_rate(trained: dict[str, RunFiles]) -> None:
+    # 3 epochs of 3 steps, 2 of the 9 steps rising: steps 0, 3 and 6 begin an epoch.
+    factor = lr_factor(0.2, 9)
+    expected = [CRNN.lr * factor(step) for step in (0, 3, 6)]
+    assert read_log(trained["crnn"].log)["lr"].tolist() == pytest.approx(expected)
+
+
+def batch(n_clips: int = 8, n_mels: int = 40, n_frames: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (n_clips, n_mels, n_frames), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(n_clips)
+
+
+def test_without_ingredients_a_batch_stays_as_it_is() -> None:
+    images, labels = batch()
+    inputs, partner, share = augment(images, labels, TrainConfig())
+    assert torch.equal(inputs, to_input(images))
+    assert torch.equal(partner, labels)
+    assert share == 1.0
+
+
+def test_shifting_rotates_every_clip_on_its_own() -> None:
+    images, labels = batch(32)
+    torch.manual_seed(0)
+    shifted = shift_in_time(images)
+    shifts = []
+    for before, after in zip(images, shifted, strict=True):
+        fitting = [k for k in range(50) if torch.equal(before.roll(k, dims=1), after)]
+        assert len(fitting) == 1
+        shifts += fitting
+    assert len(set(shifts)) > 10
+
+    torch.manual_seed(0)
+    inputs, _, _ = augment(images, labels, TrainConfig(time_shift=True))
+    assert torch.equal(inputs, to_input(shifted))
+
+
+@pytest.mark.parametrize(("name", "axis", "longest"), [("freq_mask", 2, 12), ("time_mask", 3, 15)])
+def test_masks_blank_one_stretch_of_each_clip(name: str, axis: int, longest: int) -> None:
+    images, labels = batch(64)
+    torch.manual_seed(0)
+    inputs, _, share = augment(images, labels, TrainConfig(**{name: 0.3}))
+    original = to_input(images)
+    assert share == 1.0
+    masked = inputs == 0  # no grey level of the batch is 0
+    assert torch.equal(inputs[~masked], original[~masked])
+    widths = []
+    for clip in masked:
+        lines = clip.unsqueeze(0).all(dim=5 - axis)[0, 0]  # which whole bands or frames are blank
+        assert clip.sum() == lines.sum() * clip.shape[4 - axis]  # and nothing else is
+        where = lines.nonzero().flatten()
+        widths.append(len(where))
+        assert len(where) == 0 or where[-1] - where[0] + 1 == len(where)
+    assert longest * 0.6 < max(widths) <= longest
+    assert len(set(widths)) > 5
+
+
+def test_mixup_blends_pairs_by_their_share() -> None:
+    images, labels = batch()
+    original = to_input(images)
+    shares = []
+    for _ in range(50):
+        inputs, partner, share = augment(images, labels, TrainConfig(mixup=0.3))
+        blended = share * original + (1 - share) * original[partner]
+        torch.testing.assert_close(inputs, blended)
+        assert sorted(partner.tolist()) == labels.tolist()
+        assert not torch.equal(partner, labels)
+        shares.append(share)
+    assert 0.5 <= min(shares) < max(shares) <= 1
+    assert len(set(shares)) > 40
+
+
+def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> None:
+    plain = replace(CRNN, epochs=1, time_shift=False, freq_mask=0.0, time_mask=0.0, mixup=0.0)
+    plain = replace(plain, label_smoothing=0.0, weight_decay=0.0, warmup=None)
+    ingredients: list[dict[str, Any]] = [
+        {},
+        {"time_shift": True},
+        {"freq_mask": 0.3},
+        {"time_mask": 0.3},
+        {"mixup": 0.3},
+        {"label_smoothing": 0.1},
+        {"weight_decay": 0.5},
+        {"warmup": 0.5},
+        {"optimizer": "adam", "weight_decay": 0.5},
+    ]
+    states = set()
+    for i, ingredient in enumerate(ingredients):
+        files = train(replace(plain, **ingredient), pack, tmp_path / str(i))
+        states.add(tuple(weights(files)[-1].flatten().tolist()))
+    assert len(states) == len(ingredients)
