@@ -13,12 +13,11 @@ from typing import Any
 
 import jinja2
 import nbformat
-import pandas as pd
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from PIL import Image
 
-from fma_nb.evaluation import result_table
+from fma_nb.evaluation import result_summary
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 
@@ -51,8 +50,7 @@ def write_report(run: str) -> Path:
     html = template.render(
         run=run,
         pages=pages,
-        results=_result_rows(metrics),
-        splits=[split for split in ("val", "test") if metrics and split in metrics[0]["labels"]],
+        results=_results(metrics),
         synthetic=any(m["synthetic"] for m in metrics),
         figures=list(_figures(folder / "figures")),
         facts=_facts(metrics),
@@ -84,24 +82,9 @@ def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
     return {"href": page.name, "title": title}
 
 
-def _result_rows(metrics: list[dict[str, Any]]) -> list[dict[str, str]]:
-    table = result_table({m["model"]: m for m in metrics}) if metrics else pd.DataFrame()
-    return [_formatted(row) for row in table.to_dict("records")]
-
-
-def _formatted(row: dict[str, Any]) -> dict[str, str]:
-    shown = {
-        "model": MODEL_NAMES.get(row["model"], row["model"]),
-        "parameters": f"{row['parameters']:,}",
-        "seeds": str(row["seeds"]),
-        "seconds": f"{row['seconds']:.0f}",
-    }
-    for split in ("val", "test"):
-        if f"{split}_accuracy" in row:
-            spread = "" if pd.isna(row[f"{split}_std"]) else f" ± {row[f'{split}_std']:.3f}"
-            shown[f"{split}_accuracy"] = f"{row[f'{split}_accuracy']:.3f}{spread}"
-            shown[f"{split}_macro_f1"] = f"{row[f'{split}_macro_f1']:.3f}"
-    return shown
+def _results(metrics: list[dict[str, Any]]) -> list[dict[str, str]]:
+    found = {MODEL_NAMES.get(m["model"], m["model"]): m for m in metrics}
+    return result_summary(found).to_dict("records")
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:

@@ -189,17 +189,18 @@ def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     digest.update(json.dumps([cell.source for cell in cells]).encode())
     for module in sorted((project_root() / "fma_nb").glob("*.py")):
         digest.update(module.read_bytes())
-    digest.update(_data_state(parameters["dataset"], parameters["preset"]).encode())
+    digest.update(_data_state(parameters["dataset"], parameters.get("preset")).encode())
     for model in _METRICS.get(name, ()):
         metrics = run_dir(run) / "metrics" / f"{model}.json"
         digest.update(metrics.read_bytes() if metrics.exists() else b"missing")
     return digest.hexdigest()
 
 
-def _data_state(dataset: str, preset: str) -> str:
+def _data_state(dataset: str, preset: str | None) -> str:
+    """Tell one state of a dataset from another: its metadata, and its spectrograms where they matter."""
     tracks_csv = metadata_dir(dataset) / "tracks.csv"
-    size = tracks_csv.stat().st_size if tracks_csv.exists() else 0
-    return f"{size} {scan_pngs(spectrogram_dir(dataset, preset)).to_csv()}"
+    state = str(tracks_csv.stat().st_size if tracks_csv.exists() else 0)
+    return state + scan_pngs(spectrogram_dir(dataset, preset)).to_csv() if preset else state
 
 
 def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str) -> None:

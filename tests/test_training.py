@@ -336,6 +336,7 @@ def test_early_stopping(pack: Pack, tmp_path: Path) -> None:
     files = train(config, pack, tmp_path)
     assert epochs_in(files) == [0, 1, 2]
     assert load_checkpoint(files.last)["epoch"] == 2
+    assert load_checkpoint(files.best)["epoch"] == 0
     before = checkpoints(files), files.log.read_bytes()
     fit(config, pack, files, CPU, progress=False)
     assert (checkpoints(files), files.log.read_bytes()) == before
