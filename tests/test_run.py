@@ -8,8 +8,8 @@ import sys
 
 import nbformat
 import pytest
-from fma_nb.mini import make_fma_mini
 
+from fma_nb.mini import make_fma_mini
 from fma_nb.project import FmaNbError, project_root
 from fma_nb.run import RunRequest, notebook_parameters, run_notebooks
 
