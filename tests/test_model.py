@@ -54,7 +54,7 @@ def test_the_baselines_size_by_hand(n_classes: int, n_frames: int, pooled_frames
 
 
 def test_the_crnns_size_by_hand() -> None:
-    channels = (32, 64, 128, 128)
+    channels = (16, 32, 64, 128)
     cnn = 2 * 128  # scale and offset of each mel band
     for n_in, n_out in zip((1, *channels), channels, strict=False):
         cnn += 9 * n_in * n_out + 2 * n_out

@@ -233,7 +233,7 @@ def train_and_be_killed(config: TrainConfig, data: Path, folder: Path, name: str
         env=os.environ | {"FMA_NB_DATA": str(data), "PYTHONPATH": str(project_root())},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
     return files_in(folder)
