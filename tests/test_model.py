@@ -53,14 +53,15 @@ def test_the_baselines_size_by_hand(n_classes: int, n_frames: int, pooled_frames
     assert count_parameters(build("baseline", n_classes, n_frames=n_frames)) == convolutions + linear
 
 
-def test_the_crnns_size_by_hand() -> None:
-    channels = (16, 32, 64, 128)
+@pytest.mark.parametrize("channels", [(16, 32, 64, 128), (8, 8, 24)])
+def test_the_crnns_size_by_hand(channels: tuple[int, ...]) -> None:
     cnn = 2 * 128  # scale and offset of each mel band
     for n_in, n_out in zip((1, *channels), channels, strict=False):
         cnn += 9 * n_in * n_out + 2 * n_out
-    one_direction = 3 * 96 * (128 + 96) + 2 * 3 * 96
-    assert count_parameters(build("crnn")) == cnn + 2 * one_direction + (4 * 96 + 1) * 8
-    assert count_parameters(build("crnn_no_gru")) == cnn + (2 * 128 + 1) * 8
+    one_direction = 3 * 96 * (channels[-1] + 96) + 2 * 3 * 96
+    with_gru, without = (CRNN(8, 128, channels, n_hidden) for n_hidden in (96, 0))
+    assert count_parameters(with_gru) == cnn + 2 * one_direction + (4 * 96 + 1) * 8
+    assert count_parameters(without) == cnn + (2 * channels[-1] + 1) * 8
 
 
 def test_frozen_parameters_are_not_counted() -> None:
@@ -122,20 +123,25 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     assert without == []
 
 
+def crnn(*, n_hidden: int) -> CRNN:
+    torch.manual_seed(0)
+    return CRNN(8, n_mels=32, channels=(8, 16, 24), n_hidden=n_hidden).eval()
+
+
 def embeddings(model: CRNN, sequence: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.eval().embed(sequence)
+        return model.embed(sequence)
 
 
-def sequences(n_steps: int = 12) -> Tensor:
-    return torch.randn(3, n_steps, 128, generator=torch.Generator().manual_seed(0))
+def sequences() -> Tensor:
+    """Three sequences of twelve feature vectors."""
+    return torch.randn(3, 12, 24, generator=torch.Generator().manual_seed(0))
 
 
 def test_without_a_gru_order_does_not_matter() -> None:
     sequence = sequences()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    without, with_gru = build("crnn_no_gru"), build("crnn")
-    assert isinstance(without, CRNN) and isinstance(with_gru, CRNN)
+    without, with_gru = crnn(n_hidden=0), crnn(n_hidden=20)
 
     torch.testing.assert_close(embeddings(without, sequence), embeddings(without, sequence[:, order]))
     changed = embeddings(with_gru, sequence) - embeddings(with_gru, sequence[:, order])
@@ -147,9 +153,8 @@ def test_without_a_gru_order_does_not_matter() -> None:
 
 def test_the_gru_is_read_at_every_step() -> None:
     """The backward half must know the first frame, the forward half the last: no single step has both."""
-    model = build("crnn")
-    assert isinstance(model, CRNN)
-    n_hidden = 96
+    n_hidden = 20
+    model = crnn(n_hidden=n_hidden)
     before = embeddings(model, sequences())
     halves = {"forward": slice(0, n_hidden), "backward": slice(n_hidden, 2 * n_hidden)}
     for step in range(12):
@@ -162,7 +167,16 @@ def test_the_gru_is_read_at_every_step() -> None:
     assert (before[:, 2 * n_hidden :] >= before[:, : 2 * n_hidden]).all()
 
 
+def test_only_the_crnn_has_a_gru() -> None:
+    with_gru, without = (build(name) for name in ("crnn", "crnn_no_gru"))
+    assert isinstance(with_gru, CRNN) and isinstance(without, CRNN)
+    assert with_gru.gru is not None and with_gru.gru.bidirectional
+    assert without.gru is None
+    shapes = {name: p.shape for name, p in without.named_parameters() if not name.startswith("classifier")}
+    assert shapes == {
+        name: p.shape for name, p in with_gru.named_parameters() if not name.startswith(("classifier", "gru"))
+    }
+
+
 def test_the_sequence_keeps_a_quarter_of_the_frames() -> None:
-    model = build("crnn")
-    assert isinstance(model, CRNN)
-    assert model.eval().sequence(spectrograms(1, 128, 1292)).shape == (1, 323, 128)
+    assert crnn(n_hidden=0).sequence(spectrograms(2, 32, 1292)).shape == (2, 323, 24)
