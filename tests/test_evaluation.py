@@ -30,6 +30,7 @@ from fma_nb.evaluation import (
     paired_difference,
     prediction_table,
     read_metrics,
+    result_summary,
     result_table,
     train_and_evaluate,
     trained_models,
@@ -310,6 +311,24 @@ def test_result_table(run: tuple[Tree, dict[str, Any]]) -> None:
 
     single = metrics["baseline"] | {"seeds": metrics["baseline"]["seeds"][:1]}
     assert math.isnan(result_table({"baseline": single})["val_std"].iloc[0])
+
+
+def test_result_summary_is_the_table_in_words(run: tuple[Tree, dict[str, Any]]) -> None:
+    _, metrics = run
+    table = result_table(metrics).to_dict("records")
+    for row, shown in zip(table, result_summary(metrics).to_dict("records"), strict=True):
+        assert shown["model"] == row["model"]
+        assert shown["val accuracy"] == f"{row['val_accuracy']:.3f} ± {row['val_std']:.3f}"
+        assert shown["test macro-F1"] == f"{row['test_macro_f1']:.3f}"
+        assert int(shown["parameters"].replace(",", "")) == row["parameters"]
+
+    single = metrics["baseline"] | {
+        "labels": {"val": metrics["baseline"]["labels"]["val"]},
+        "seeds": metrics["baseline"]["seeds"][:1],
+    }
+    shown = result_summary({"baseline": single}).iloc[0]
+    assert shown["val accuracy"] == f"{single['seeds'][0]['val']['accuracy']:.3f}"  # no spread of one seed
+    assert "test accuracy" not in shown
 
 
 def test_groups_are_artists_where_they_are_known(project: Path) -> None:
