@@ -6,6 +6,9 @@ underneath, called without the detours. Notebook 02 takes the same steps one by 
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +92,19 @@ def load_clip(
     if sample_rate is None or sample_rate == native_rate:
         return samples, native_rate
     return soxr.resample(samples, native_rate, sample_rate, quality="HQ"), sample_rate
+
+
+@contextlib.contextmanager
+def quiet_decoder() -> Iterator[None]:
+    """Silence what the MP3 decoder's C code writes to the standard error, inside a ``with`` block."""
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 def to_mono(channels: Samples) -> Samples:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -230,14 +230,17 @@ def _write_images(
     shape: tuple[int, int, int],
     digest: hashlib._Hash,
 ) -> None:
-    images = open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    for i, row in enumerate(rows.itertuples()):
-        known = old.get(_identity(row))
-        image = read_png(_png_of(row, folder)) if known is None else known
-        images[i] = _fit_width(image, shape[2])
-        digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
-        digest.update(images[i].tobytes())
-    images.flush()
+    """Write one split's array image by image, as a plain ``.npy`` file that a full disk cannot corrupt."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        write_array_header_1_0(file, header)
+        for row in rows.itertuples():
+            known = old.get(_identity(row))
+            image = read_png(_png_of(row, folder)) if known is None else known
+            pixels = _fit_width(image, shape[2]).tobytes()
+            digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
+            digest.update(pixels)
+            file.write(pixels)
 
 
 def _known_images(pack_dir: Path, record: dict[str, Any]) -> Known:
@@ -316,11 +319,11 @@ class SpectrogramDataset(Dataset[Batch]):
 
 
 def make_loader(
-    split: Split, batch_size: int, *, shuffle: bool = False, seed: int = 0, device: torch.device | None = None
+    clips: SpectrogramDataset, batch_size: int, *, shuffle: bool = False, seed: int = 0
 ) -> DataLoader[Batch]:
-    """Return a ``DataLoader`` over a split whose order depends on ``seed`` alone."""
+    """Return a ``DataLoader`` over clips whose order depends on ``seed`` alone."""
     return DataLoader(
-        SpectrogramDataset(split, device),
+        clips,
         batch_size=batch_size,
         shuffle=shuffle,
         generator=torch.Generator().manual_seed(seed),

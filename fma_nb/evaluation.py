@@ -28,13 +28,14 @@ import torch
 from sklearn.metrics import accuracy_score, classification_report, f1_score
 from torch import nn
 
-from fma_nb.dataset import Pack, load_pack, make_loader
+from fma_nb.dataset import Pack, SpectrogramDataset, load_pack, make_loader
 from fma_nb.metadata import read_tracks
 from fma_nb.model import build_model, count_parameters
 from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, atomic_path, metadata_dir, run_dir
 from fma_nb.training import (
     TrainConfig,
     fit,
+    keep_seeds,
     load_checkpoint,
     load_model,
     predict_logits,
@@ -81,6 +82,8 @@ def train_and_evaluate(
     configs = list(seeds(config, n_seeds))
     for one in configs:
         fit(one, pack, run_files(run, one.model, one.seed, config.seed), device, progress=progress)
+    log = run_files(run, config.model, config.seed, config.seed).log
+    keep_seeds(log, [one.seed for one in configs])
     results = [_seed_result(one, pack, run, config.seed, splits, device) for one in configs]
     n_mels, n_frames = pack.splits["train"].images.shape[1:]
     metrics = {
@@ -131,7 +134,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model on a split: accuracy, macro-F1, and each track's probabilities and genre."""
     clips = pack.split(split)
-    logits, labels = predict_logits(model, make_loader(clips, 256, device=device), device, bfloat16)
+    loader = make_loader(SpectrogramDataset(clips, device), 256)
+    logits, labels = predict_logits(model, loader, device, bfloat16)
     probabilities = logits.softmax(1).numpy()
     predicted = probabilities.argmax(1)
     ids = [str(track_id) for track_id in clips.track_ids]
@@ -184,6 +188,8 @@ def read_metrics(run: str, models: Sequence[str]) -> dict[str, Metrics]:
     FmaNbError
         When a file is missing or damaged, or two were made from different data, genres or splits.
     """
+    if not models:
+        raise FmaNbError("read_metrics needs the name of at least one model.")
     found = {model: _read_one(metrics_path(run, model), model) for model in models}
     first = found[models[0]]
     for model, metrics in found.items():
@@ -409,7 +415,9 @@ def evaluate_run(run: str, model: str, dataset: str, preset: str, split: str, de
     device = resolve_device(device_name)
     pack = load_pack(dataset, preset)
     clips = pack.split(split)
-    results = [evaluate(network, pack, split, device) for network in trained_models(run, model, pack, device)]
+    bfloat16 = bool(_read_one(metrics_path(run, model), model)["config"]["bfloat16"])
+    networks = trained_models(run, model, pack, device)
+    results = [evaluate(network, pack, split, device, bfloat16) for network in networks]
     labels = [pack.genres[label] for label in clips.labels]
     predicted = [list(result["predictions"].values()) for result in results]
     correct = pd.DataFrame(np.array(predicted) == np.array(labels), columns=clips.track_ids).astype(float)

@@ -103,13 +103,25 @@ def mel_power(samples: Samples, sample_rate: int, preset: Preset) -> npt.NDArray
     window, filters = _window_and_filters(sample_rate, preset)
     power = torch.empty(len(frames), preset.n_mels)
     # Blocks of frames that fit into the processor's cache; a whole clip's spectrum would not.
-    for start in range(0, len(frames), FRAMES_PER_BLOCK):
-        block = slice(start, start + FRAMES_PER_BLOCK)
-        spectrum = torch.fft.rfft(frames[block] * window)
-        energy = spectrum.real.square() + spectrum.imag.square()
-        for one in filters:
-            power[block, one.bands] = energy[:, one.bins] @ one.weights
+    with _one_thread():
+        for start in range(0, len(frames), FRAMES_PER_BLOCK):
+            block = slice(start, start + FRAMES_PER_BLOCK)
+            spectrum = torch.fft.rfft(frames[block] * window)
+            energy = spectrum.real.square() + spectrum.imag.square()
+            for one in filters:
+                power[block, one.bands] = energy[:, one.bins] @ one.weights
     return power.T.numpy()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one core: products this small lose more by waiting for a busy second core than they gain."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @dataclass(frozen=True)
@@ -255,7 +267,7 @@ def make_spectrograms(
     with filelock.FileLock(folder / ".lock"):
         clear_temporaries(folder)
         _write_mel_json(folder, preset)
-        known = _known_skips(folder)
+        known = _known_skips(folder, index)
         jobs = [job for job in _missing_jobs(index, folder) if job.track_id not in known]
         found = dict(_run_jobs(jobs, preset, workers or os.cpu_count() or 1, progress))
         skipped = _write_skipped(folder, index, known | found)
@@ -365,14 +377,15 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _known_skips(folder: Path) -> dict[int, str]:
+def _known_skips(folder: Path, index: Index) -> dict[int, str]:
     """Return the clips an earlier run skipped and whose files have not changed since."""
+    paths = dict(zip(index.tracks["track_id"], index.tracks["path"], strict=True))
     try:
         rows = pd.read_csv(folder / "skipped.csv")
         return {
             int(row.track_id): str(row.reason)
             for row in rows.itertuples()
-            if _file_state(Path(row.path)) == row.file_state
+            if row.track_id in paths and _file_state(Path(paths[row.track_id])) == row.file_state
         }
     except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError, AttributeError):
         return {}  # nothing known: the clips are simply tried again

@@ -20,7 +20,8 @@ import pickle
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from fma_nb.dataset import Batch, Pack, Split, make_loader, to_input
+from fma_nb.dataset import Batch, Pack, SpectrogramDataset, make_loader, to_input
 from fma_nb.model import MODELS, build_model
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, atomic_path, run_dir
@@ -229,12 +230,13 @@ def fit(
     FmaNbError
         When a split is empty or the loss is no longer a number.
     """
-    train_set, val_set = pack.split("train"), pack.split("val")
+    # Made once: on a GPU this is where the pack moves into device memory.
+    train_set, val_set = (SpectrogramDataset(pack.split(name), device) for name in ("train", "val"))
     make_deterministic()
     state = _start(config, pack, device, steps_per_epoch=-(-len(train_set) // config.batch_size))
     saved = _matching_checkpoint(files, config, pack, device)
     first_epoch = state.restore(saved) if saved else 0
-    val_loader = make_loader(val_set, 256, device=device)
+    val_loader = make_loader(val_set, 256)
     what = f"{config.model}, seed {config.seed}"
     with Progress(config.epochs, what, "epoch", visible=progress) as bar:
         bar.update(first_epoch, "resumed")
@@ -336,14 +338,14 @@ def _run_epoch(
     state: _TrainState,
     config: TrainConfig,
     epoch: int,
-    train_set: Split,
+    train_set: SpectrogramDataset,
     val_loader: DataLoader[Batch],
     device: torch.device,
 ) -> dict[str, float]:
     started = time.perf_counter()
     seed_everything(config.seed, epoch + 1)
     order_seed = random.getrandbits(63)
-    loader = make_loader(train_set, config.batch_size, shuffle=True, seed=order_seed, device=device)
+    loader = make_loader(train_set, config.batch_size, shuffle=True, seed=order_seed)
     lr = state.optimizer.param_groups[0]["lr"]
     train_loss, train_accuracy = train_epoch(state, config, epoch, loader, device)
     val_loss, val_accuracy = score_loader(state.model, val_loader, device, config.bfloat16)
@@ -494,7 +496,9 @@ def load_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
         When the file is missing or is not a checkpoint of this project.
     """
     try:
-        content = torch.load(path, map_location=device or "cpu", weights_only=True)
+        with warnings.catch_warnings():  # of a foreign file PyTorch remarks more than its refusal
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location=device or "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FmaNbError(f"{path} is missing: train the model first (notebooks 03 and 04).") from error
     except _UNREADABLE as error:
@@ -571,6 +575,14 @@ def read_log(path: Path) -> pd.DataFrame:
     if list(rows.columns) != LOG_COLUMNS:
         raise FmaNbError(f"{path} is not a training log: remove it and train again.")
     return rows
+
+
+def keep_seeds(path: Path, kept: Sequence[int]) -> None:
+    """Drop the rows of other seeds from a log: what an earlier run with more seeds left there."""
+    log = read_log(path)
+    if not log["seed"].isin(kept).all():
+        with atomic_path(path) as temporary:
+            log[log["seed"].isin(kept)].to_csv(temporary, index=False)
 
 
 def seeds(config: TrainConfig, n_seeds: int) -> Iterator[TrainConfig]:

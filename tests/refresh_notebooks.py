@@ -7,8 +7,10 @@ and the name of the machine's interpreter are stripped; the kernel stays the pla
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import nbformat
@@ -34,8 +36,30 @@ def strip(notebook: nbformat.NotebookNode) -> None:
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
-        for output in cell.get("outputs", []):
-            output.get("metadata", {}).pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [steady(output) for output in joined(cell.outputs)]
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Join what one cell printed: in how many pieces it arrived is chance."""
+    whole: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if whole and output.output_type == "stream" and whole[-1].get("name") == output.name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
+
+
+def steady(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Remove random names: memory addresses, and the identifiers pandas gives to styled tables."""
+    output.get("metadata", {}).pop("execution", None)
+    for kind, content in output.get("data", {}).items():
+        if kind.startswith("text/"):
+            shown = re.sub(r" at 0x[0-9a-f]+|T_[0-9a-f]{5}", "", content)
+            name = f"T_{zlib.crc32(shown.encode()):08x}"
+            output.data[kind] = re.sub("T_[0-9a-f]{5}", name, re.sub(r" at 0x[0-9a-f]+", "", content))
+    return output
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from conftest import assert_one_sentence, write_png_tree
 from PIL import Image
 
-from fma_nb.dataset import Pack, load_pack, make_loader, to_input
+from fma_nb.dataset import Pack, SpectrogramDataset, load_pack, make_loader, to_input
 from fma_nb.metadata import GENRES
 from fma_nb.project import FmaNbError, spectrogram_dir
 
@@ -325,7 +325,7 @@ def test_files_of_other_programs_are_no_spectrograms(folder: Path, tree: Tree) -
 
 def orders(pack: Pack, seed: int) -> list[list[bytes]]:
     """The first pixels of the clips of three epochs: which clip came when."""
-    loader = make_loader(pack.split("train"), 5, shuffle=True, seed=seed)
+    loader = make_loader(SpectrogramDataset(pack.split("train")), 5, shuffle=True, seed=seed)
     return [[image[0, :6].numpy().tobytes() for images, _ in loader for image in images] for _ in range(3)]
 
 
@@ -345,7 +345,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 @pytest.mark.usefixtures("tree")
 def test_batches_equal_single_clips() -> None:
     split = load().split("train")
-    loader = make_loader(split, 7)
+    loader = make_loader(SpectrogramDataset(split), 7)
     dataset = loader.dataset
     singles = [dataset[i] for i in range(len(split))]
     batches = list(loader)
@@ -356,7 +356,7 @@ def test_batches_equal_single_clips() -> None:
     np.testing.assert_array_equal(torch.cat([images for images, _ in batches]).numpy(), split.images)
     np.testing.assert_array_equal(torch.cat([labels for _, labels in batches]).numpy(), split.labels)
 
-    shuffled = make_loader(split, 7, shuffle=True, seed=3)
+    shuffled = make_loader(SpectrogramDataset(split), 7, shuffle=True, seed=3)
     by_id = {image.numpy().tobytes(): int(label) for image, label in singles}
     for images, labels in shuffled:
         assert [by_id[image.numpy().tobytes()] for image in images] == labels.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ import torch
 from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from fma_nb.dataset import load_pack, make_loader
+from fma_nb.dataset import SpectrogramDataset, load_pack, make_loader
 from fma_nb.evaluation import (
     artist_groups,
     bootstrap_accuracy,
@@ -153,12 +154,15 @@ def test_predictions_are_the_best_checkpoints(run: tuple[Tree, dict[str, Any]]) 
         assert len(networks) == N_SEEDS
         for network, result in zip(networks, metrics[name]["seeds"], strict=True):
             assert evaluate(network, pack, "test", CPU) == result["test"]
-            logits, _ = predict_logits(network, make_loader(split, 16), CPU)
+            loader = make_loader(SpectrogramDataset(split), 16)
+            logits, _ = predict_logits(network, loader, CPU)
             predicted = {
                 str(i): pack.genres[g] for i, g in zip(split.track_ids, logits.argmax(1), strict=True)
             }
             assert predicted == result["test"]["predictions"]
-        first, second = (predict_logits(n, make_loader(split, 16), CPU)[0] for n in networks)
+        first, second = (
+            predict_logits(n, make_loader(SpectrogramDataset(split), 16), CPU)[0] for n in networks
+        )
         assert not torch.equal(first, second)
 
 
@@ -172,6 +176,16 @@ def test_what_is_finished_is_not_trained_again(run: tuple[Tree, dict[str, Any]])
     )
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert again["seeds"] == metrics["baseline"]["seeds"]
+
+
+def test_the_log_keeps_no_seeds_that_are_no_longer_asked_for(run: tuple[Tree, dict[str, Any]]) -> None:
+    pack = load_pack("fma_small", "compact")
+    shutil.copytree(outputs_dir() / RUN, outputs_dir() / "fewer")
+    log = run_files("fewer", "baseline", 4, 4).log
+    assert set(read_log(log)["seed"]) == {4, 5}
+    fewer = train_and_evaluate(CONFIGS["baseline"], pack, "fewer", CPU, n_seeds=1, progress=False)
+    assert set(read_log(log)["seed"]) == {4}
+    assert fewer["seeds"][0]["val"] == run[1]["baseline"]["seeds"][0]["val"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import assert_one_sentence, write_png_tree
 
-from fma_nb.dataset import Pack, load_pack, make_loader, to_input
+from fma_nb.dataset import Pack, SpectrogramDataset, load_pack, make_loader, to_input
 from fma_nb.evaluation import evaluate
 from fma_nb.project import FmaNbError, project_root, spectrogram_dir
 from fma_nb.training import (
@@ -135,7 +135,10 @@ def test_accuracy_counts_clips_not_batches(pack: Pack, tmp_path: Path) -> None:
         np.testing.assert_allclose(correct, correct.round(), atol=1e-4)
 
     network = load_model(tmp_path / "m_last.pt", "baseline", pack, CPU)
-    scores = [score_loader(network, make_loader(pack.split("val"), size), CPU) for size in (24, 7, 1)]
+    scores = [
+        score_loader(network, make_loader(SpectrogramDataset(pack.split("val")), size), CPU)
+        for size in (24, 7, 1)
+    ]
     for loss, accuracy in scores:
         assert loss == pytest.approx(scores[0][0], rel=1e-2)  # bfloat16 rounds differently by batch size
         assert accuracy == pytest.approx(scores[0][1], abs=1 / 24 + 1e-6)
@@ -145,8 +148,8 @@ def test_accuracy_counts_clips_not_batches(pack: Pack, tmp_path: Path) -> None:
 def test_evaluation_changes_nothing_and_drops_nothing(pack: Pack, trained: dict[str, RunFiles]) -> None:
     network = load_model(trained["crnn"].last, "crnn", pack, CPU).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    first, labels = predict_logits(network, make_loader(pack.split("val"), 10), CPU)
-    second, _ = predict_logits(network, make_loader(pack.split("val"), 10), CPU)
+    first, labels = predict_logits(network, make_loader(SpectrogramDataset(pack.split("val")), 10), CPU)
+    second, _ = predict_logits(network, make_loader(SpectrogramDataset(pack.split("val")), 10), CPU)
     assert torch.equal(first, second)
     assert labels.tolist() == pack.split("val").labels.tolist()
     for name, value in network.state_dict().items():
@@ -203,7 +206,7 @@ def test_a_gpu_gives_the_same_files_too(pack: Pack, tmp_path: Path, config: Trai
 KILLED_SCRIPT = """
 import os, signal, sys
 import torch
-from fma_nb.dataset import load_pack
+from fma_nb.dataset import SpectrogramDataset, load_pack
 from fma_nb.training import RunFiles, TrainConfig, fit
 from pathlib import Path
 
