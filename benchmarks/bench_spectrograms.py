@@ -20,8 +20,8 @@ import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import soundfile as sf
-import torch
 from fma_like import write_clip, write_dataset
+from threadpoolctl import threadpool_limits
 
 from fma_nb.audio import load_clip
 from fma_nb.project import spectrogram_dir
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=200, help="clips of the bulk run (default: 200)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of the ratios (default: 15)")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    threadpool_limits(1)
     with tempfile.TemporaryDirectory() as folder:
         generated = [Path(folder) / f"{i}.mp3" for i in range(4)]
         for i, clip in enumerate(generated):

@@ -114,7 +114,11 @@ def _download(options: argparse.Namespace) -> None:
 def _add_spectrograms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("spectrograms", help="make the spectrogram PNGs of a dataset")
     _add_data_options(command)
-    command.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    where.add_argument(
+        "--scheduler", metavar="tcp://HOST:PORT", help="use the workers of this Dask scheduler"
+    )
     command.set_defaults(command=_spectrograms)
 
 
@@ -122,7 +126,9 @@ def _spectrograms(options: argparse.Namespace) -> None:
     from fma_nb.project import spectrogram_dir
     from fma_nb.spectrogram import make_spectrograms
 
-    skipped = make_spectrograms(options.dataset, options.preset, workers=options.workers)
+    skipped = make_spectrograms(
+        options.dataset, options.preset, workers=options.workers, scheduler=options.scheduler
+    )
     print(f"The spectrograms are in {_shown(spectrogram_dir(options.dataset, options.preset))}")
     print(f"{len(skipped)} clips were skipped" + (":" if len(skipped) else "."))
     for row in skipped.head(20).itertuples():
