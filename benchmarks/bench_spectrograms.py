@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +21,7 @@ import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import soundfile as sf
-from fma_like import write_clip, write_dataset
-from threadpoolctl import threadpool_limits
+from fma_like import encode_like_fma, write_clip, write_dataset
 
 from fma_nb.audio import load_clip
 from fma_nb.project import spectrogram_dir
@@ -103,26 +103,46 @@ def stages(clip: Path, repeats: int) -> None:
         print(f"  {name}: {shown}")
 
 
-def throughput(n_clips: int, preset: str, workers: int) -> float:
-    """Return clips per second of a whole bulk run, start of the workers included."""
+BULK = """
+import resource, sys, time
+from fma_nb.spectrogram import make_spectrograms
+started = time.perf_counter()
+make_spectrograms("fma_small", "full", workers=int(sys.argv[1]), progress=False)
+print(time.perf_counter() - started)
+status = open("/proc/self/status").read()
+print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+"""
+
+
+def bulk_run(n_clips: int, workers: int) -> tuple[float, float, float]:
+    """Return clips per second of a whole bulk run, start of the workers included, and MB: parent, worker.
+
+    In a process of its own, as a child's memory figure begins with that of its parent. Linux only.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["FMA_NB_DATA"] = folder
         write_dataset(Path(folder) / "raw", n_clips)
-        started = time.perf_counter()
-        make_spectrograms("fma_small", preset, workers=workers, progress=False)
-        return n_clips / (time.perf_counter() - started)
+        done = subprocess.run(
+            [sys.executable, "-c", BULK, str(workers)],
+            env=os.environ | {"FMA_NB_DATA": folder},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    seconds, parent_mb, worker_mb = map(float, done.stdout.split())
+    return n_clips / seconds, parent_mb, worker_mb
 
 
 def scaling(n_clips: int, repeats: int = 3) -> None:
-    pairs = [(throughput(n_clips, "full", 1), throughput(n_clips, "full", 2)) for _ in range(repeats)]
-    gain = np.median([two / one for one, two in pairs])
-    one, two = np.median(pairs, axis=0)
-    print(
-        f"\nBulk run, full, {n_clips} clips: {one:.1f} clips/s with 1 worker, {two:.1f} with 2: {gain:.2f} x"
-    )
-    worker_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    parent_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"  largest worker {worker_mb:.0f} MB, this process at most {parent_mb:.0f} MB")
+    pairs = [(bulk_run(n_clips, 1), bulk_run(n_clips, 2)) for _ in range(repeats)]
+    one, two = (np.median([pair[i][0] for pair in pairs]) for i in (0, 1))
+    gain = np.median([b[0] / a[0] for a, b in pairs])
+    print(f"\nBulk run, full, {n_clips} clips, started and ended:")
+    print(f"  {one:.1f} clips/s with 1 worker, {two:.1f} with 2: {gain:.2f} x")
+    parent_mb, worker_mb = (max(run[i] for pair in pairs for run in pair) for i in (1, 2))
+    print(f"  memory: at most {worker_mb:.0f} MB a worker, {parent_mb:.0f} MB the parent")
+    tenth = bulk_run(n_clips // 10, 2)
+    print(f"  with a tenth of the clips: {tenth[2]:.0f} MB a worker, {tenth[1]:.0f} MB the parent")
 
 
 def nothing_to_do(n_clips: int = 8_000) -> None:
@@ -153,10 +173,9 @@ def projection(seconds: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recordings", type=Path, help="folder of real recordings to measure as well")
-    parser.add_argument("--clips", type=int, default=200, help="clips of the bulk run (default: 200)")
+    parser.add_argument("--clips", type=int, default=600, help="clips of the bulk runs (default: 600)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of the ratios (default: 15)")
     options = parser.parse_args()
-    threadpool_limits(1)
     with tempfile.TemporaryDirectory() as folder:
         generated = [Path(folder) / f"{i}.mp3" for i in range(4)]
         for i, clip in enumerate(generated):
@@ -168,7 +187,12 @@ def main() -> None:
         stages(generated[0], options.repeats)
         if options.recordings:
             real = sorted(p for p in options.recordings.iterdir() if p.suffix in (".mp3", ".ogg"))
-            ratios("Real recordings", real, max(3, options.repeats // 3), png)
+            few = max(3, options.repeats // 3)
+            ratios("Real recordings as they are, mostly OGG", real, few, png)
+            encoded = [Path(folder) / f"{p.stem}.mp3" for p in real]
+            for recording, clip in zip(real, encoded, strict=True):
+                encode_like_fma(recording, clip)
+            ratios("The same as 30-s MP3s of 256 kbit/s", encoded, few, png)
     scaling(options.clips)
     nothing_to_do()
     projection(seconds)

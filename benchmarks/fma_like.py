@@ -27,11 +27,16 @@ def write_clip(path: Path, seed: int, *, bit_rate_level: float = 0.2) -> None:
     channels = np.stack(
         [chord + beat, 0.8 * chord + 1.1 * beat + 0.05 * rng.standard_normal(time.size)], axis=1
     )
+    write_mp3(path, (0.5 * channels / np.abs(channels).max()).astype(np.float32), SAMPLE_RATE, bit_rate_level)
+
+
+def write_mp3(path: Path, samples: np.ndarray, sample_rate: int, bit_rate_level: float = 0.2) -> None:
+    """Write samples [shape=(n_samples, n_channels)] as most of FMA's clips are: MP3, 256 kbit/s."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(
         path,
-        (0.5 * channels / np.abs(channels).max()).astype(np.float32),
-        SAMPLE_RATE,
+        samples,
+        sample_rate,
         format="MP3",
         subtype="MPEG_LAYER_III",
         bitrate_mode="CONSTANT",
@@ -39,12 +44,19 @@ def write_clip(path: Path, seed: int, *, bit_rate_level: float = 0.2) -> None:
     )
 
 
-def write_dataset(raw: Path, n_clips: int, n_different: int = 16) -> None:
+def encode_like_fma(recording: Path, path: Path) -> None:
+    """Write the first 30 s of a recording as a stereo MP3 of 256 kbit/s."""
+    samples, sample_rate = sf.read(recording, dtype="float32", always_2d=True)
+    samples = np.resize(samples, (SECONDS * sample_rate, samples.shape[1]))
+    write_mp3(path, np.repeat(samples, 3 - samples.shape[1], axis=1), sample_rate)
+
+
+def write_dataset(raw: Path, n_clips: int, n_different: int = 16, *, bit_rate_level: float = 0.2) -> None:
     """Write ``fma_small`` with ``n_clips`` clips below ``raw``: hard links to ``n_different`` MP3s."""
     sources = [raw / "sources" / f"{i}.mp3" for i in range(n_different)]
     for i, source in enumerate(sources):
         if not source.exists():
-            write_clip(source, i)
+            write_clip(source, i, bit_rate_level=bit_rate_level)
     rows = []
     for i in range(n_clips):
         track_id = i + 2

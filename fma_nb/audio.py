@@ -7,6 +7,7 @@ underneath, called without the detours. Notebook 02 takes the same steps one by 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,9 +110,9 @@ def quiet_decoder() -> Iterator[None]:
 
 def to_mono(channels: Samples) -> Samples:
     """Average the channels of ``channels`` [shape=(n_samples, n_channels)] to [shape=(n_samples,)]."""
-    n_channels = channels.shape[1]
-    # A matrix-vector product: ten times faster than a mean over the short, innermost axis.
-    return channels @ np.full(n_channels, 1 / n_channels, dtype=np.float32)
+    # Column by column: a mean over the short, innermost axis is ten times slower, and a matrix-vector
+    # product wakes a second thread that waits in a loop, which halves the speed of two workers.
+    return functools.reduce(np.add, channels.T) / np.float32(channels.shape[1])
 
 
 def _decode(path: Path, offset: float, seconds: float) -> tuple[Samples, int]:

@@ -8,6 +8,7 @@ the command line all see the same files.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from pathlib import Path
 DATASETS = ("fma_mini", "fma_small", "fma_medium", "fma_large")
 SYNTHETIC_DATASETS = ("fma_mini",)
 SPLITS = ("train", "val", "test")
+
+# Numbers of glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 class FmaNbError(Exception):
@@ -114,6 +118,18 @@ def _cannot_write(path: Path, error: OSError) -> FmaNbError:
         f"{path} cannot be written ({error.strerror}): make space or give write access, "
         "then run the same command again."
     )
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory that it frees instead of returning it to the system (glibc only).
+
+    Every clip and every batch needs arrays of megabytes, and fetching their pages anew each time costs
+    a tenth of the time of a spectrogram and up to a third of a training step on the CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def clear_temporaries(folder: Path) -> None:

@@ -17,9 +17,8 @@ from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
 import pebble
-from threadpoolctl import threadpool_limits
 
-from fma_nb.project import FmaNbError
+from fma_nb.project import FmaNbError, keep_freed_memory
 
 CLIP_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 30.0
@@ -54,7 +53,7 @@ def run_locally(work: Work[Item], items: Iterable[Item], workers: int) -> Outcom
     for _ in range(MAX_POOLS):
         with (
             contextlib.suppress(BrokenProcessPool),
-            pebble.ProcessPool(workers, context=get_context("spawn"), initializer=_prepare_worker) as pool,
+            pebble.ProcessPool(workers, context=get_context("spawn"), initializer=_prepare) as pool,
         ):
             yield from _through_pool(pool, work, queue, AHEAD * workers)
             return
@@ -112,9 +111,9 @@ def _schedule(pool: pebble.ProcessPool, work: Work[Item], item: Item) -> Future[
     return future
 
 
-def _prepare_worker() -> None:
-    """Prepare a worker: one core each, and no C-level chatter of the MP3 decoder on the terminal."""
-    threadpool_limits(1)
+def _prepare() -> None:
+    """Prepare a worker: no C-level chatter of the MP3 decoder on the terminal."""
+    keep_freed_memory()
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
