@@ -281,6 +281,7 @@ def make_spectrograms(
         known = _known_skips(folder, index)
         jobs = [job for job in _missing_jobs(index, folder) if job.track_id not in known]
         found = dict(_outcomes(jobs, preset, workers, scheduler, progress))
+        clear_temporaries(folder)  # of workers that were killed meanwhile
         skipped = _write_skipped(folder, index, known | found)
     _check_unreadable(skipped, len(index.tracks) + len(index.dropped))
     return skipped

@@ -95,22 +95,35 @@ def small_disk(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def kill_often(code: str, data: Path, times: int, longest: float, seed: int = 0) -> None:
-    rng = random.Random(seed)
-    for _ in range(times):
+def run_undisturbed(code: str, data: Path) -> float:
+    """Return how many seconds it took."""
+    started = time.monotonic()
+    process = start(code, data)
+    assert process.wait() == 0, process.communicate()
+    return time.monotonic() - started
+
+
+def kill_often(code: str, data: Path, made: Path, times: int, longest: float) -> None:
+    """Kill a command at random moments; what comes to its end before that is undone and does not count."""
+    rng = random.Random(0)
+    n_killed = 0
+    while n_killed < times:
         process = start(code, data)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0, longest))
+        if process.poll() is None:
+            n_killed += 1
+        else:
+            shutil.rmtree(made)
         kill(process)
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_spectrogram_runs_end_in_the_same_bytes(project: Path, tiny_data: Path, times: int) -> None:
     undisturbed = tiny_copy(tiny_data, project / "calm")
-    process = start(BULK, project / "calm")
-    assert process.wait() == 0, process.communicate()
+    seconds = run_undisturbed(BULK, project / "calm")
     tree = tiny_copy(tiny_data, project / "data")
-    kill_often(BULK, project / "data", times, longest=6)
+    kill_often(BULK, project / "data", tree, times, longest=seconds)
     make_spectrograms("fma_small", "compact", workers=2, progress=False)
     assert tree_hash(tree, "*.png") == tree_hash(undisturbed, "*.png")
     assert not list(tree.rglob("*.tmp"))
@@ -122,10 +135,10 @@ def test_killed_packing_ends_in_the_same_pack(project: Path, times: int) -> None
         write_png_tree(
             project / name / "spectrograms" / "fma_small-compact", {"train": 60, "val": 4}, shape=(128, 128)
         )
-    assert start(PACK, project / "calm").wait() == 0
-    kill_often(PACK, project / "data", times, longest=4)
-    load_pack("fma_small", "compact")
     packs = [project / name / "spectrograms" / "fma_small-compact" / "pack" for name in ("calm", "data")]
+    seconds = run_undisturbed(PACK, project / "calm")
+    kill_often(PACK, project / "data", packs[1], times, longest=seconds)
+    load_pack("fma_small", "compact")
     assert tree_hash(packs[1], "*.npy") == tree_hash(packs[0], "*.npy")
     assert not list(packs[1].glob(".*.tmp"))
 
