@@ -13,3 +13,12 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Load `fma_nb.predict` when it is asked for: it needs PyTorch, which most commands do not."""
+    if name == "predict":
+        from fma_nb.prediction import predict
+
+        return predict
+    raise AttributeError(f"module 'fma_nb' has no attribute {name!r}")

@@ -90,9 +90,51 @@ def load_clip(
         raise UnreadableClipError("decodes to numbers that are not finite")
     if not samples.any():
         raise UnreadableClipError("digital silence")
-    if sample_rate is None or sample_rate == native_rate:
-        return samples, native_rate
-    return soxr.resample(samples, native_rate, sample_rate, quality="HQ"), sample_rate
+    return _resampled(samples, native_rate, sample_rate)
+
+
+def load_windows(
+    path: Path, sample_rate: int | None = None, *, seconds: float = CLIP_SECONDS
+) -> Iterator[tuple[Samples, int]]:
+    """Decode a file of any length window by window; yield mono samples and their rate in Hz.
+
+    Every window is ``seconds`` long: the last one reaches back over the one before, and a file that is
+    shorter than one window is repeated. Windows of digital silence, and a rest of less than 5 s, are left
+    out. Memory does not grow with the file.
+
+    Raises
+    ------
+    UnreadableClipError
+        When the file cannot be decoded, is shorter than 1 s, or is silent throughout.
+    """
+    found, before = False, np.zeros((0, 1), dtype=np.float32)
+    with quiet_decoder(), _open(path) as file:
+        rate, length = file.samplerate, round(seconds * file.samplerate)
+        while len(block := _read(file, length)):
+            if not len(before) and len(block) < rate:
+                raise UnreadableClipError(f"too short ({len(block) / rate:.1f} s)")
+            if not len(before) or len(block) >= MIN_SECONDS * rate:
+                whole = np.concatenate([before, block])[-length:] if len(before) else block
+                samples = np.resize(to_mono(whole), length)
+                if np.isfinite(samples).all() and samples.any():
+                    found = True
+                    yield _resampled(samples, rate, sample_rate)
+            before = block
+    if not found:
+        raise UnreadableClipError("silent" if len(before) else "holds no audio")
+
+
+def _read(file: sf.SoundFile, n_frames: int) -> Samples:
+    try:
+        return file.read(n_frames, dtype="float32", always_2d=True)
+    except sf.LibsndfileError as error:
+        raise UnreadableClipError(f"broken audio ({error.error_string.rstrip('.').lower()})") from error
+
+
+def _resampled(samples: Samples, rate: int, wanted: int | None) -> tuple[Samples, int]:
+    if wanted is None or wanted == rate:
+        return samples, rate
+    return soxr.resample(samples, rate, wanted, quality="HQ"), wanted
 
 
 @contextlib.contextmanager
@@ -117,13 +159,9 @@ def to_mono(channels: Samples) -> Samples:
 
 def _decode(path: Path, offset: float, seconds: float) -> tuple[Samples, int]:
     with _open(path) as file:
-        try:
-            if offset:
-                file.seek(int(offset * file.samplerate))
-            samples = file.read(int(seconds * file.samplerate), dtype="float32", always_2d=True)
-        except sf.LibsndfileError as error:
-            raise UnreadableClipError(f"broken audio ({error.error_string.rstrip('.').lower()})") from error
-        return samples, file.samplerate
+        if offset:
+            file.seek(min(int(offset * file.samplerate), file.frames))
+        return _read(file, int(seconds * file.samplerate)), file.samplerate
 
 
 def _open(path: Path) -> sf.SoundFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_download(commands)
     _add_spectrograms(commands)
     _add_evaluate(commands)
+    _add_ablate(commands)
+    _add_export(commands)
+    _add_predict(commands)
     _add_report(commands)
     return parser
 
@@ -150,6 +154,83 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     run = options.run or options.dataset
     print(evaluate_run(run, options.model, options.dataset, options.preset, options.split, options.device))
+
+
+def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("ablate", help="train the final recipe without each of its ingredients")
+    _add_data_options(command)
+    command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
+    command.add_argument("--rows", default="", help="rows of the table, e.g. final,no_gru (default: all)")
+    command.add_argument("--seeds", type=int, default=3, help="trainings a row (default: 3)")
+    command.add_argument("--folds", type=int, default=0, help="cross-validate the final recipe instead")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    command.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="change the final recipe, e.g. -p epochs 20 -p width 0.5; may be repeated",
+    )
+    command.set_defaults(command=_ablate)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from fma_nb.ablation import PLAIN_ROWS, ROWS, ablation_table, cross_validate, run_ablation
+    from fma_nb.dataset import load_pack
+    from fma_nb.training import changed_config, default_config, resolve_device
+
+    run, device = options.run or options.dataset, resolve_device(options.device)
+    base = changed_config(default_config("crnn"), options.parameters)
+    pack = load_pack(options.dataset, options.preset)
+    if options.folds:
+        accuracies = cross_validate(pack, run, base, options.folds, device)
+        print(f"{len(accuracies)} folds of the training split: ", end="")
+        print(", ".join(f"{a:.4f}" for a in accuracies), f"mean {sum(accuracies) / len(accuracies):.4f}")
+        return
+    rows = list(filter(None, options.rows.split(","))) or [*ROWS, *PLAIN_ROWS]
+    path = run_ablation(pack, run, rows, base, options.seeds, device)
+    print(ablation_table(run).round(4).to_string(index=False))
+    print(f"Every training is a line of {_shown(path)}")
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("export", help="write a trained model's weights for 'predict'")
+    command.add_argument("--run", default="fma_small", help="name of the run folder")
+    command.add_argument("--model", default="crnn", help="the model of that run (default: crnn)")
+    default = project_root() / "fma_nb" / "weights" / "crnn.pt"
+    command.add_argument("--out", type=Path, default=default, help="file to write (default: the package's)")
+    command.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from fma_nb.prediction import export_weights
+
+    temperature = export_weights(options.run, options.model, options.out)
+    size = options.out.stat().st_size / 1e6
+    print(f"{_shown(options.out)}: {size:.1f} MB, temperature {temperature:.3f} fitted on validation")
+
+
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("predict", help="tell the genre of any audio file")
+    command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="MP3, OGG, FLAC or WAV")
+    command.add_argument("--weights", type=Path, help="weights of 'export' (default: the package's)")
+    command.add_argument("--json", action="store_true", help="print JSON instead of bars")
+    command.set_defaults(command=_predict)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from fma_nb.evaluation import SHIPPED_WEIGHTS
+    from fma_nb.prediction import bar_chart, load_classifier, predict
+
+    classifier = load_classifier(options.weights or SHIPPED_WEIGHTS)
+    if options.json:
+        found = {str(song): predict(song, classifier) for song in options.songs}
+        print(json.dumps(found, indent=1))
+        return
+    for song in options.songs:
+        print(f"{song}\n{bar_chart(predict(song, classifier))}", flush=True)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

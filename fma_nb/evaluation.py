@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -49,6 +49,7 @@ Floats = npt.NDArray[np.float64]
 Metrics = dict[str, Any]
 
 EVALUATION_SPLITS = ("val", "test")
+SHIPPED_WEIGHTS = Path(__file__).resolve().parent / "weights" / "crnn.pt"
 METRICS_KEYS = ("model", "dataset", "preset", "genres", "fingerprint", "config", "labels", "seeds")
 
 
@@ -93,7 +94,9 @@ def train_and_evaluate(
         "preset": pack.preset,
         "genres": list(pack.genres),
         "fingerprint": pack.fingerprint,
-        "n_parameters": count_parameters(build_model(config.model, len(pack.genres), n_mels, n_frames)),
+        "n_parameters": count_parameters(
+            build_model(config.model, len(pack.genres), n_mels, n_frames, **config.architecture())
+        ),
         "config": asdict(config),
         "device": device_name(device),
         "versions": versions(),
@@ -407,6 +410,8 @@ def trained_models(run: str, model: str, pack: Pack, device: torch.device) -> It
 def evaluate_run(run: str, model: str, dataset: str, preset: str, split: str, device_name: str) -> str:
     """Evaluate every trained seed of a model on a split; return the result as a text table.
 
+    Where the run has no such model, the CRNN that comes with the package is evaluated, and the text says so.
+
     Raises
     ------
     FmaNbError
@@ -415,8 +420,13 @@ def evaluate_run(run: str, model: str, dataset: str, preset: str, split: str, de
     device = resolve_device(device_name)
     pack = load_pack(dataset, preset)
     clips = pack.split(split)
-    bfloat16 = bool(_read_one(metrics_path(run, model), model)["config"]["bfloat16"])
-    networks = trained_models(run, model, pack, device)
+    shipped = not metrics_path(run, model).exists() and model == "crnn" and SHIPPED_WEIGHTS.exists()
+    if shipped:
+        networks: Iterable[nn.Module] = [load_model(SHIPPED_WEIGHTS, model, pack, device)]
+        bfloat16 = bool(load_checkpoint(SHIPPED_WEIGHTS)["config"]["bfloat16"])
+    else:
+        bfloat16 = bool(_read_one(metrics_path(run, model), model)["config"]["bfloat16"])
+        networks = trained_models(run, model, pack, device)
     results = [evaluate(network, pack, split, device, bfloat16) for network in networks]
     labels = [pack.genres[label] for label in clips.labels]
     predicted = [list(result["predictions"].values()) for result in results]
@@ -426,7 +436,8 @@ def evaluate_run(run: str, model: str, dataset: str, preset: str, split: str, de
     recall = correct.T.groupby(np.array(labels)).mean().mean(axis=1)
     kind = "synthetic clips" if dataset in SYNTHETIC_DATASETS else "clips"
     lines = [
-        f"{model} on {dataset} ({preset}), {split}: {len(clips)} {kind}, {len(results)} seed(s)",
+        f"{model}{' (the weights of the package)' if shipped else ''} on {dataset} ({preset}), {split}: "
+        f"{len(clips)} {kind}, {len(results)} seed(s)",
         f"accuracy  {interval.value:.4f}   95 % interval {interval.low:.4f} to {interval.high:.4f}",
         f"macro-F1  {macro_f1:.4f}",
         "recall by genre:",

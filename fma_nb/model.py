@@ -13,14 +13,20 @@ Classification", ICASSP 2017.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fma_nb.project import FmaNbError
 
-MODELS = ("baseline", "crnn", "crnn_no_gru")
 BASELINE_FRAMES = 256
+
+# The CRNN's convolutions: feature maps, and the pooling over (mel bands, frames) after each but the first,
+# which has a stride of 2 instead. Time is halved twice, the mel bands four times.
+CHANNELS = (32, 64, 96, 128, 128, 192)
+POOLS = ((2, 2), (1, 1), (2, 1), (2, 1), (1, 1))
+HIDDEN = 128
 
 
 def time_average(x: Tensor, n_bins: int) -> Tensor:
@@ -89,15 +95,30 @@ class BaselineCNN(nn.Module):
 
 
 class ConvBlock(nn.Sequential):
-    """3×3 convolution, batch normalisation, ReLU, max pooling over (mel bands, frames)."""
+    """Convolution, batch normalisation, ReLU, max pooling over (mel bands, frames)."""
 
-    def __init__(self, n_in: int, n_out: int, pool: tuple[int, int]) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, pool: tuple[int, int] = (1, 1), kernel: int = 3, stride: int = 1
+    ) -> None:
         super().__init__(
-            nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False),
+            nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False),
             nn.BatchNorm2d(n_out),
             nn.ReLU(),
-            nn.MaxPool2d(pool),
+            nn.MaxPool2d(pool) if pool != (1, 1) else nn.Identity(),
         )
+
+
+class ShuffleFrames(nn.Module):
+    """Put the frames of every clip into random order: what is left is a bag of spectra.
+
+    In training the order is drawn anew each time; in evaluation it is always the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shuffle the last axis of ``x`` [shape=(batch, 1, n_mels, n_frames)], each clip on its own."""
+        generator = None if self.training else torch.Generator(x.device).manual_seed(0)
+        keys = torch.rand(len(x), x.shape[-1], device=x.device, generator=generator)
+        return x.gather(3, keys.argsort(1)[:, None, None].expand(x.shape))
 
 
 class CRNN(nn.Module):
@@ -112,11 +133,17 @@ class CRNN(nn.Module):
         Number of genres.
     n_mels
         Number of mel bands.
-    channels
-        Feature maps of the convolution blocks. Each halves the mel bands; the first two also halve
-        the frames.
-    n_hidden
-        Units of the GRU in each direction; 0 leaves the GRU out and pools the features directly.
+    recurrence
+        ``gru``, ``lstm``, ``one_way`` (a GRU that reads forwards only), or ``none``, which pools the
+        features directly.
+    shuffle
+        Shuffle the frames of every clip first: the counter-experiment to the recurrence.
+    pooling
+        ``mean_max`` or ``mean`` over time.
+    band_norm
+        Standardise every mel band on its own before the first convolution.
+    width
+        Factor on the feature maps of the convolutions and the units of the GRU.
     dropout
         Share of the pooled features dropped before the linear layer.
     """
@@ -125,22 +152,28 @@ class CRNN(nn.Module):
         self,
         n_classes: int,
         n_mels: int = 128,
-        channels: Sequence[int] = (16, 32, 64, 128),
-        n_hidden: int = 96,
-        dropout: float = 0.3,
+        *,
+        recurrence: str = "gru",
+        shuffle: bool = False,
+        pooling: str = "mean_max",
+        band_norm: bool = True,
+        width: float = 1.0,
+        dropout: float = 0.4,
     ) -> None:
         super().__init__()
-        self.band_norm = nn.BatchNorm1d(n_mels)
-        pools = [(2, 2), (2, 2)] + [(2, 1)] * (len(channels) - 2)
-        self.features = nn.Sequential(
-            *(
-                ConvBlock(n_in, n_out, pool)
-                for n_in, n_out, pool in zip((1, *channels), channels, pools, strict=False)
-            )
-        )
-        self.gru = nn.GRU(channels[-1], n_hidden, batch_first=True, bidirectional=True) if n_hidden else None
+        self.shuffle = ShuffleFrames() if shuffle else nn.Identity()
+        self.band_norm = nn.BatchNorm1d(n_mels) if band_norm else nn.Identity()
+        channels = [round(width * n) for n in CHANNELS]
+        blocks = [ConvBlock(1, channels[0], kernel=5, stride=2)]
+        for n_in, n_out, pool in zip(channels, channels[1:], POOLS, strict=False):
+            blocks.append(ConvBlock(n_in, n_out, pool))
+        self.features = nn.Sequential(*blocks)
+        n_hidden = round(width * HIDDEN)
+        self.rnn = _recurrent_layer(recurrence, channels[-1], n_hidden)
+        n_features = {"none": channels[-1], "one_way": n_hidden}.get(recurrence, 2 * n_hidden)
+        self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(2 * (2 * n_hidden or channels[-1]), n_classes)
+        self.classifier = nn.Linear(n_features * (2 if pooling == "mean_max" else 1), n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [shape=(batch, n_classes)] of ``x`` [shape=(batch, 1, n_mels, n_frames)]."""
@@ -148,6 +181,7 @@ class CRNN(nn.Module):
 
     def sequence(self, x: Tensor) -> Tensor:
         """Return the feature vectors over time [shape=(batch, n_steps, channels)]."""
+        x = self.shuffle(x)
         x = self.band_norm(x.squeeze(1)).unsqueeze(1)  # every mel band standardised on its own
         x = self.features(x)  # (batch, channels, n_mels / 16, n_frames / 4)
         return x.mean(dim=2).transpose(1, 2)
@@ -158,13 +192,37 @@ class CRNN(nn.Module):
 
     def embed(self, sequence: Tensor) -> Tensor:
         """Read the sequence with the GRU and pool it over time by mean and maximum."""
-        if self.gru is not None:
-            sequence, _ = self.gru(sequence)  # (batch, n_steps, 2 * n_hidden)
-        return torch.cat([sequence.mean(dim=1), sequence.amax(dim=1)], dim=1)
+        if self.rnn is not None:
+            sequence, _ = self.rnn(sequence)  # (batch, n_steps, 2 * n_hidden)
+        mean = sequence.mean(dim=1)
+        return torch.cat([mean, sequence.amax(dim=1)], dim=1) if self.pooling == "mean_max" else mean
 
 
-def build_model(name: str, n_classes: int, n_mels: int, n_frames: int) -> nn.Module:
+def _recurrent_layer(recurrence: str, n_in: int, n_hidden: int) -> nn.RNNBase | None:
+    if recurrence == "none":
+        return None
+    kind = nn.LSTM if recurrence == "lstm" else nn.GRU
+    return kind(n_in, n_hidden, batch_first=True, bidirectional=recurrence != "one_way")
+
+
+CRNN_VARIANTS: dict[str, dict[str, Any]] = {
+    "crnn": {},
+    "crnn_no_gru": {"recurrence": "none"},
+    "crnn_lstm": {"recurrence": "lstm"},
+    "crnn_one_way": {"recurrence": "one_way"},
+    "crnn_shuffled": {"shuffle": True},
+}
+MODELS = ("baseline", *CRNN_VARIANTS)
+POOLINGS = ("mean_max", "mean")
+
+
+def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options: Any) -> nn.Module:
     """Build one of `MODELS` for spectrograms of ``n_mels`` bands and ``n_frames`` frames.
+
+    Parameters
+    ----------
+    options
+        ``pooling``, ``band_norm`` and ``width`` of a `CRNN`; the baseline has none.
 
     Raises
     ------
@@ -173,11 +231,9 @@ def build_model(name: str, n_classes: int, n_mels: int, n_frames: int) -> nn.Mod
     """
     if name == "baseline":
         return BaselineCNN(n_classes, n_mels, n_frames)
-    if name == "crnn":
-        return CRNN(n_classes, n_mels)
-    if name == "crnn_no_gru":
-        return CRNN(n_classes, n_mels, n_hidden=0)
-    raise FmaNbError(f"model={name!r} is unknown: choose one of {', '.join(MODELS)}.")
+    if name not in MODELS:
+        raise FmaNbError(f"model={name!r} is unknown: choose one of {', '.join(MODELS)}.")
+    return CRNN(n_classes, n_mels, **CRNN_VARIANTS[name], **options)
 
 
 def count_parameters(model: nn.Module) -> int:

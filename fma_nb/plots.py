@@ -142,6 +142,45 @@ def interval_plot(ax: Axes, estimates: dict[str, Estimate], reference: float | N
     return ax
 
 
+def reliability_plot(ax: Axes, tables: dict[str, pd.DataFrame]) -> Axes:
+    """Draw named `fma_nb.calibration.reliability` tables; a dot's area tells its number of clips."""
+    ax.plot([0, 1], [0, 1], color="#444444", linewidth=1, linestyle="--", label="as sure as right")
+    for (name, table), color in zip(tables.items(), ("#D55E00", "#0072B2"), strict=False):
+        ax.plot(table["confidence"], table["accuracy"], color=color, linewidth=1.5, label=name)
+        area = 25 + 300 * table["clips"] / table["clips"].sum()
+        ax.scatter(table["confidence"], table["accuracy"], s=area, color=color, alpha=0.7)
+    ax.set(xlabel="probability of the answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def embedding_map(ax: Axes, points: npt.NDArray[np.float64], clip_genres: Sequence[str]) -> Axes:
+    """Draw clips as dots in the plane [shape=(n_clips, 2)], coloured by their true genre."""
+    for genre in sorted(set(clip_genres)):
+        chosen = np.array([g == genre for g in clip_genres])
+        ax.scatter(
+            points[chosen, 0],
+            points[chosen, 1],
+            s=28,
+            color=genre_color(genre),
+            alpha=0.8,
+            label=genre,
+            linewidths=0,
+        )
+    ax.set(xticks=[], yticks=[])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def probability_bars(ax: Axes, probabilities: Mapping[str, float]) -> Axes:
+    """Draw the probability of each genre as a bar."""
+    names = list(probabilities)[::-1]
+    ax.barh(names, [probabilities[name] for name in names], color=[genre_color(name) for name in names])
+    ax.set(xlabel="probability", xlim=(0, 1))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
 def spectrogram_image(ax: Axes, image: npt.NDArray[np.float32], seconds: float, title: str = "") -> Axes:
     """Draw a spectrogram image [shape=(n_mels, n_frames)] as the network sees it, highest band on top."""
     n_mels = image.shape[0]

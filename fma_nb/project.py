@@ -64,8 +64,12 @@ def spectrogram_dir(dataset: str, preset: str) -> Path:
 
 
 def run_dir(run: str) -> Path:
-    """Return the folder of one run's notebooks, checkpoints, logs, metrics, figures and report."""
-    if not run or run in (".", "..") or Path(run).name != run:
+    """Return the folder of one run's notebooks, checkpoints, logs, metrics, figures and report.
+
+    The runs of an ablation lie below it: ``fma_small/ablation/no_mixup``.
+    """
+    parts = run.split("/ablation/")
+    if any(not part or part in (".", "..") or Path(part).name != part for part in parts):
         raise FmaNbError(f"run={run!r} is not a plain folder name: choose one such as 'fma_small'.")
     return outputs_dir() / run
 

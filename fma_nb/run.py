@@ -34,7 +34,7 @@ from fma_nb.project import (
 )
 from fma_nb.report import write_report
 from fma_nb.spectrogram import get_preset
-from fma_nb.training import TrainConfig, resolve_device
+from fma_nb.training import TrainConfig, resolve_device, typed
 
 NOTEBOOKS = ("01_eda", "02_spectrograms", "03_baseline", "04_crnn", "05_comparison")
 KERNEL = "fma-nb"
@@ -134,19 +134,9 @@ def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, 
         if name not in declared:
             known = ", ".join(sorted(declared))
             raise FmaNbError(f"-p {name}: none of the chosen notebooks has it; they have {known}.")
-        given[name] = _typed(name, text, declared[name])
+        given[name] = typed(name, text, type(declared[name]))
     _check_values(given)
     return given
-
-
-def _typed(name: str, text: str, default: Any) -> Any:
-    kind = type(default)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError) as error:
-        raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
 
 
 def _check_values(given: dict[str, Any]) -> None:

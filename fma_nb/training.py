@@ -21,8 +21,8 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fma_nb.dataset import Batch, Pack, SpectrogramDataset, make_loader, to_input
-from fma_nb.model import MODELS, build_model
+from fma_nb.model import MODELS, POOLINGS, build_model
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, run_dir
+from fma_nb.project import FmaNbError, atomic_path, keep_freed_memory, run_dir
+from fma_nb.spectrogram import DYNAMIC_RANGE_DB
 
 CONFIG_RANGES = (
     ("epochs", 1, 100_000),
@@ -49,7 +51,12 @@ CONFIG_RANGES = (
     ("label_smoothing", 0, 1),
     ("freq_mask", 0, 1),
     ("time_mask", 0, 1),
+    ("stretch", 0, 0.9),
+    ("mel_shift", 0, 64),
+    ("gain", 0, 40),
     ("mixup", 0, 1e6),
+    ("ema", 0, 0.99999),
+    ("width", 0.1, 8),
     ("patience", 0, 100_000),
 )
 CHECKPOINT_KEYS = ("epoch", "model_state", "config", "genres", "preset", "image_shape")
@@ -87,10 +94,21 @@ class TrainConfig:
         Share of the target spread over all genres.
     time_shift
         Rotate each training clip in time by a random number of frames.
+    stretch
+        Play each training clip faster or slower by up to this share.
+    mel_shift
+        Move each training clip up or down by up to this number of mel bands.
+    gain
+        Colour each training clip: a random smooth gain over the mel bands with this spread, in dB.
     freq_mask, time_mask
         Longest SpecAugment mask, as a share of the mel bands and of the frames.
     mixup
         Alpha of mixup's Beta distribution; 0 switches it off.
+    ema
+        Decay of the exponential moving average of the weights that is evaluated and kept instead of the
+        last weights themselves; 0 switches it off.
+    pooling, band_norm, width
+        Of the CRNN's architecture, see `fma_nb.model.CRNN`.
     patience
         Stop after this many epochs without a better validation accuracy; 0 never stops early.
     bfloat16
@@ -107,9 +125,16 @@ class TrainConfig:
     warmup: float | None = None
     label_smoothing: float = 0.0
     time_shift: bool = False
+    stretch: float = 0.0
+    mel_shift: int = 0
+    gain: float = 0.0
     freq_mask: float = 0.0
     time_mask: float = 0.0
     mixup: float = 0.0
+    ema: float = 0.0
+    pooling: str = "mean_max"
+    band_norm: bool = True
+    width: float = 1.0
     patience: int = 0
     bfloat16: bool = True
 
@@ -125,8 +150,16 @@ class TrainConfig:
                 raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.")
         if self.warmup is not None and not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup <= 1):
             raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")
+        if self.pooling not in POOLINGS:
+            raise FmaNbError(f"pooling={self.pooling!r} is unknown: choose {' or '.join(POOLINGS)}.")
         if self.optimizer not in ("adam", "adamw"):
             raise FmaNbError(f"optimizer={self.optimizer!r} is unknown: choose adam or adamw.")
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the options of `fma_nb.model.build_model`."""
+        if self.model == "baseline":
+            return {}
+        return {"pooling": self.pooling, "band_norm": self.band_norm, "width": self.width}
 
 
 def default_config(model: str) -> TrainConfig:
@@ -135,15 +168,20 @@ def default_config(model: str) -> TrainConfig:
         return TrainConfig(model)
     return TrainConfig(
         model,
-        epochs=20,
+        epochs=40,
+        lr=2e-3,
         optimizer="adamw",
-        weight_decay=0.02,
-        warmup=0.2,
+        weight_decay=0.05,
+        warmup=0.15,
         label_smoothing=0.1,
         time_shift=True,
-        freq_mask=0.1,
-        time_mask=0.1,
+        stretch=0.2,
+        mel_shift=3,
+        gain=5.0,
+        freq_mask=0.15,
+        time_mask=0.15,
         mixup=0.3,
+        ema=0.995,
     )
 
 
@@ -233,6 +271,7 @@ def fit(
     # Made once: on a GPU this is where the pack moves into device memory.
     train_set, val_set = (SpectrogramDataset(pack.split(name), device) for name in ("train", "val"))
     make_deterministic()
+    keep_freed_memory()
     state = _start(config, pack, device, steps_per_epoch=-(-len(train_set) // config.batch_size))
     saved = _matching_checkpoint(files, config, pack, device)
     first_epoch = state.restore(saved) if saved else 0
@@ -259,9 +298,15 @@ class _TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
+    average: AveragedModel | None
     best_accuracy: float = -1.0
     best_loss: float = math.inf
     stale_epochs: int = 0
+
+    @property
+    def judged(self) -> nn.Module:
+        """Return the weights that are evaluated and kept: the average where there is one."""
+        return self.model if self.average is None else self.average.module
 
     def note(self, row: dict[str, float]) -> bool:
         """Compare an epoch with the best so far: higher validation accuracy, then lower loss."""
@@ -278,7 +323,7 @@ class _TrainState:
     def checkpoint(self, config: TrainConfig, pack: Pack, epoch: int) -> dict[str, Any]:
         return {
             "epoch": epoch,
-            "model_state": self.model.state_dict(),
+            "model_state": self.judged.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "val_accuracy": self.val_accuracy,
             "config": asdict(config),
@@ -292,6 +337,8 @@ class _TrainState:
     def resume(self) -> dict[str, Any]:
         """Return what only an exact resume needs."""
         return {
+            "raw_state": self.model.state_dict(),
+            "n_averaged": int(self.average.n_averaged) if self.average is not None else 0,
             "scheduler_state": self.scheduler.state_dict(),
             "best_accuracy": self.best_accuracy,
             "best_loss": self.best_loss,
@@ -300,7 +347,10 @@ class _TrainState:
 
     def restore(self, saved: dict[str, Any]) -> int:
         """Take over a ``last`` checkpoint; return the epoch to go on with."""
-        self.model.load_state_dict(saved["model_state"])
+        self.model.load_state_dict(saved["raw_state"])
+        if self.average is not None:
+            self.average.module.load_state_dict(saved["model_state"])
+            self.average.n_averaged.fill_(saved["n_averaged"])
         self.optimizer.load_state_dict(saved["optimizer_state"])
         self.scheduler.load_state_dict(saved["scheduler_state"])
         self.best_accuracy = saved["best_accuracy"]
@@ -312,12 +362,27 @@ class _TrainState:
 def _start(config: TrainConfig, pack: Pack, device: torch.device, steps_per_epoch: int) -> _TrainState:
     seed_everything(config.seed)
     n_mels, n_frames = pack.splits["train"].images.shape[1:]
-    model = build_model(config.model, len(pack.genres), n_mels, n_frames)
+    model = build_model(config.model, len(pack.genres), n_mels, n_frames, **config.architecture())
     model = to_device(model, device)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     factor = lr_factor(config.warmup, config.epochs * steps_per_epoch)
-    return _TrainState(model, optimizer, LambdaLR(optimizer, factor))
+    average = None
+    if config.ema:
+        average = AveragedModel(model, avg_fn=moving_average(config.ema), use_buffers=True)
+    return _TrainState(model, optimizer, LambdaLR(optimizer, factor), average)
+
+
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """Return the rule of an exponential moving average that forgets faster while it is young."""
+
+    def rule(average: Tensor, weights: Tensor, n_averaged: Tensor | int) -> Tensor:
+        if not weights.is_floating_point():
+            return weights
+        n = int(n_averaged)
+        return average.lerp(weights, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return rule
 
 
 def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
@@ -348,7 +413,7 @@ def _run_epoch(
     loader = make_loader(train_set, config.batch_size, shuffle=True, seed=order_seed)
     lr = state.optimizer.param_groups[0]["lr"]
     train_loss, train_accuracy = train_epoch(state, config, epoch, loader, device)
-    val_loss, val_accuracy = score_loader(state.model, val_loader, device, config.bfloat16)
+    val_loss, val_accuracy = score_loader(state.judged, val_loader, device, config.bfloat16)
     if not math.isfinite(val_loss):
         raise _not_a_number(config, epoch, "validation")
     return {
@@ -386,6 +451,8 @@ def train_epoch(
         loss.backward()
         state.optimizer.step()
         state.scheduler.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
         losses.append(loss.detach() * len(labels))
         correct += (logits.detach().argmax(1) == labels).sum()
         n_clips += len(labels)
@@ -424,9 +491,10 @@ def augment(images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor
     share
         The weight of the first label; 1 without mixup.
     """
-    if config.time_shift:
-        images = shift_in_time(images)
+    images = warp(images, config)
     inputs = to_input(images)
+    if config.gain:
+        inputs = colour(inputs, config.gain / DYNAMIC_RANGE_DB)
     n_mels, n_frames = images.shape[1:]
     if config.freq_mask:
         width = round(config.freq_mask * n_mels)
@@ -441,12 +509,39 @@ def augment(images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor
     return torch.lerp(inputs.roll(1, 0), inputs, share), labels.roll(1, 0), share
 
 
-def shift_in_time(images: Tensor) -> Tensor:
-    """Rotate each clip [shape=(batch, n_mels, n_frames)] in time by its own random number of frames."""
+def warp(images: Tensor, config: TrainConfig) -> Tensor:
+    """Rotate, stretch and transpose each clip [shape=(batch, n_mels, n_frames)] by its own random amounts.
+
+    A clip is rotated in time: what leaves at its end comes in at its start. Mel bands that come in from
+    beyond the edge repeat the band at the edge.
+    """
+    if not (config.time_shift or config.stretch or config.mel_shift):
+        return images
     n_clips, n_mels, n_frames = images.shape
-    shift = torch.randint(n_frames, (n_clips, 1)).to(images.device)
-    frames = (torch.arange(n_frames, device=images.device) + shift) % n_frames
-    return images.gather(2, frames[:, None, :].expand(-1, n_mels, -1))
+    draw = torch.rand(3, n_clips, 1, device=images.device)
+    if config.time_shift or config.stretch:
+        start = draw[0] * n_frames * config.time_shift
+        speed = 1 + config.stretch * (2 * draw[1] - 1)
+        frames = (start + speed * torch.arange(n_frames, device=images.device)).long() % n_frames
+        images = images.gather(2, frames[:, None, :].expand(-1, n_mels, -1))
+    if config.mel_shift:
+        shift = ((2 * config.mel_shift + 1) * draw[2]).long() - config.mel_shift
+        bands = (torch.arange(n_mels, device=images.device) + shift).clamp(0, n_mels - 1)
+        images = images.gather(1, bands[:, :, None].expand(-1, -1, n_frames))
+    return images
+
+
+def colour(inputs: Tensor, spread: float, n_knots: int = 6) -> Tensor:
+    """Add a random smooth curve over the mel bands to each clip's levels, as another recording would have.
+
+    ``inputs`` [shape=(batch, 1, n_mels, n_frames)] are levels from 0 to 1; what is at the floor stays there.
+    """
+    n_mels = inputs.shape[2]
+    knots = spread * torch.randn(len(inputs), n_knots, device=inputs.device)
+    place = torch.linspace(0, n_knots - 1, n_mels, device=inputs.device)
+    left = place.long().clamp(max=n_knots - 2)
+    curve = torch.lerp(knots[:, left], knots[:, left + 1], place - left)
+    return torch.where(inputs > 0, inputs + curve[:, None, :, None], 0).clamp_(min=0)
 
 
 def score_loader(
@@ -508,6 +603,14 @@ def load_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
     return content
 
 
+def saved_config(path: Path, saved: dict[str, Any]) -> TrainConfig:
+    """Return the configuration in a checkpoint, or raise `FmaNbError` when it is of another version."""
+    try:
+        return TrainConfig(**saved["config"])
+    except TypeError as error:
+        raise FmaNbError(f"{path} was made by another version of this project: train again.") from error
+
+
 def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.Module:
     """Rebuild a trained model from its checkpoint, for the data of ``pack``.
 
@@ -524,7 +627,8 @@ def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.M
     ):
         if found != wanted:
             raise FmaNbError(f"{path} is a checkpoint of {what} {found!r}, not {wanted!r}.")
-    network = build_model(model, len(pack.genres), *saved["image_shape"])
+    config = saved_config(path, saved)
+    network = build_model(model, len(pack.genres), *saved["image_shape"], **config.architecture())
     try:
         network.load_state_dict(saved["model_state"])
     except RuntimeError as error:
@@ -546,7 +650,7 @@ def _matching_checkpoint(
         one["config"] == asdict(config) and one.get("fingerprint") == pack.fingerprint
         for one in (best, saved)
     )
-    return saved if same and logged and "scheduler_state" in saved else None
+    return saved if same and logged and "raw_state" in saved else None
 
 
 def _write_log(path: Path, row: dict[str, float]) -> None:
@@ -583,6 +687,33 @@ def keep_seeds(path: Path, kept: Sequence[int]) -> None:
     if not log["seed"].isin(kept).all():
         with atomic_path(path) as temporary:
             log[log["seed"].isin(kept)].to_csv(temporary, index=False)
+
+
+def changed_config(config: TrainConfig, changes: Iterable[tuple[str, str]]) -> TrainConfig:
+    """Return a configuration with fields changed by name, their values given as text.
+
+    Raises
+    ------
+    FmaNbError
+        When there is no such field, or its value is of another type or out of range.
+    """
+    types = {field.name: type(field.default) for field in fields(TrainConfig)} | {"warmup": float}
+    given: dict[str, Any] = {}
+    for name, text in changes:
+        if name not in types:
+            raise FmaNbError(f"-p {name}: the recipe has no such field; it has {', '.join(sorted(types))}.")
+        given[name] = typed(name, text, types[name])
+    return replace(config, **given)
+
+
+def typed(name: str, text: str, kind: type) -> Any:
+    """Turn the text of ``-p NAME TEXT`` into a value of a type, or raise `FmaNbError`."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
 
 
 def seeds(config: TrainConfig, n_seeds: int) -> Iterator[TrainConfig]:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fma_nb.model import CRNN, MODELS, BaselineCNN, build_model, count_parameters, time_average
+from fma_nb.model import (
+    CHANNELS,
+    CRNN,
+    HIDDEN,
+    MODELS,
+    POOLINGS,
+    BaselineCNN,
+    ShuffleFrames,
+    build_model,
+    count_parameters,
+    time_average,
+)
 from fma_nb.project import FmaNbError
+
+RECURRENCES = ("gru", "lstm", "one_way", "none")
 
 
 def spectrograms(batch: int, n_mels: int, n_frames: int, seed: int = 0) -> Tensor:
@@ -17,7 +33,8 @@ def spectrograms(batch: int, n_mels: int, n_frames: int, seed: int = 0) -> Tenso
 
 def build(name: str, n_classes: int = 8, n_mels: int = 128, n_frames: int = 128) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(name, n_classes, n_mels, n_frames)
+    options = {} if name == "baseline" else {"width": 0.25}
+    return build_model(name, n_classes, n_mels, n_frames, **options)
 
 
 @pytest.mark.parametrize(("n_frames", "n_classes"), [(40, 8), (128, 16), (300, 2), (1292, 8)])
@@ -53,15 +70,25 @@ def test_the_baselines_size_by_hand(n_classes: int, n_frames: int, pooled_frames
     assert count_parameters(build("baseline", n_classes, n_frames=n_frames)) == convolutions + linear
 
 
-@pytest.mark.parametrize("channels", [(16, 32, 64, 128), (8, 8, 24)])
-def test_the_crnns_size_by_hand(channels: tuple[int, ...]) -> None:
-    cnn = 2 * 128  # scale and offset of each mel band
-    for n_in, n_out in zip((1, *channels), channels, strict=False):
+@pytest.mark.parametrize("n_mels", [128, 48])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("width", [1.0, 0.5])
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_the_crnns_size_by_hand(recurrence: str, width: float, pooling: str, n_mels: int) -> None:
+    channels, hidden = [int(width * n) for n in CHANNELS], int(width * HIDDEN)
+    cnn = 25 * channels[0] + 2 * channels[0]
+    for n_in, n_out in pairwise(channels):
         cnn += 9 * n_in * n_out + 2 * n_out
-    one_direction = 3 * 96 * (channels[-1] + 96) + 2 * 3 * 96
-    with_gru, without = (CRNN(8, 128, channels, n_hidden) for n_hidden in (96, 0))
-    assert count_parameters(with_gru) == cnn + 2 * one_direction + (4 * 96 + 1) * 8
-    assert count_parameters(without) == cnn + (2 * channels[-1] + 1) * 8
+    gates = {"gru": 3, "one_way": 3, "lstm": 4, "none": 0}[recurrence]
+    directions = 1 if recurrence == "one_way" else 2
+    rnn = directions * gates * hidden * (channels[-1] + hidden + 2)
+    features = (directions * hidden if gates else channels[-1]) * {"mean_max": 2, "mean": 1}[pooling]
+    expected = cnn + rnn + (features + 1) * 8
+
+    options: dict[str, Any] = {"recurrence": recurrence, "width": width, "pooling": pooling}
+    assert count_parameters(CRNN(8, n_mels, band_norm=False, **options)) == expected
+    # A scale and an offset of each mel band.
+    assert count_parameters(CRNN(8, n_mels, band_norm=True, **options)) == expected + 2 * n_mels
 
 
 def test_frozen_parameters_are_not_counted() -> None:
@@ -123,9 +150,9 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     assert without == []
 
 
-def crnn(*, n_hidden: int) -> CRNN:
+def crnn(recurrence: str = "gru", **options: Any) -> CRNN:
     torch.manual_seed(0)
-    return CRNN(8, n_mels=32, channels=(8, 16, 24), n_hidden=n_hidden).eval()
+    return CRNN(8, n_mels=32, width=0.25, recurrence=recurrence, **options).eval()
 
 
 def embeddings(model: CRNN, sequence: Tensor) -> Tensor:
@@ -133,29 +160,46 @@ def embeddings(model: CRNN, sequence: Tensor) -> Tensor:
         return model.embed(sequence)
 
 
+def steps(model: CRNN, sequence: Tensor) -> Tensor:
+    """What the recurrent layer gives at every step."""
+    assert model.rnn is not None
+    with torch.no_grad():
+        return model.rnn(sequence)[0]
+
+
 def sequences() -> Tensor:
     """Three sequences of twelve feature vectors."""
-    return torch.randn(3, 12, 24, generator=torch.Generator().manual_seed(0))
+    return torch.randn(3, 12, CHANNELS[-1] // 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_without_a_gru_order_does_not_matter() -> None:
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_without_a_gru_order_does_not_matter(pooling: str) -> None:
     sequence = sequences()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    without, with_gru = crnn(n_hidden=0), crnn(n_hidden=20)
+    without = crnn("none", pooling=pooling)
 
     torch.testing.assert_close(embeddings(without, sequence), embeddings(without, sequence[:, order]))
-    changed = embeddings(with_gru, sequence) - embeddings(with_gru, sequence[:, order])
+    pooled = [sequence.mean(1), sequence.max(1).values][: 2 if pooling == "mean_max" else 1]
+    torch.testing.assert_close(embeddings(without, sequence), torch.cat(pooled, dim=1))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("recurrence", ["gru", "lstm", "one_way"])
+def test_with_a_recurrence_order_matters(recurrence: str, pooling: str) -> None:
+    sequence = sequences()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    model = crnn(recurrence, pooling=pooling)
+    changed = embeddings(model, sequence) - embeddings(model, sequence[:, order])
     assert changed.abs().mean() > 1e-3
-    torch.testing.assert_close(
-        embeddings(without, sequence), torch.cat([sequence.mean(1), sequence.max(1).values], dim=1)
-    )
 
 
-def test_the_gru_is_read_at_every_step() -> None:
+@pytest.mark.parametrize("recurrence", ["gru", "lstm"])
+def test_the_gru_is_read_at_every_step(recurrence: str) -> None:
     """The backward half must know the first frame, the forward half the last: no single step has both."""
-    n_hidden = 20
-    model = crnn(n_hidden=n_hidden)
+    n_hidden = HIDDEN // 4
+    model = crnn(recurrence)
     before = embeddings(model, sequences())
+    assert before.shape == (3, 4 * n_hidden)
     halves = {"forward": slice(0, n_hidden), "backward": slice(n_hidden, 2 * n_hidden)}
     for step in range(12):
         sequence = sequences()
@@ -167,16 +211,126 @@ def test_the_gru_is_read_at_every_step() -> None:
     assert (before[:, 2 * n_hidden :] >= before[:, : 2 * n_hidden]).all()
 
 
-def test_only_the_crnn_has_a_gru() -> None:
-    with_gru, without = (build(name) for name in ("crnn", "crnn_no_gru"))
-    assert isinstance(with_gru, CRNN) and isinstance(without, CRNN)
-    assert with_gru.gru is not None and with_gru.gru.bidirectional
-    assert without.gru is None
-    shapes = {name: p.shape for name, p in without.named_parameters() if not name.startswith("classifier")}
-    assert shapes == {
-        name: p.shape for name, p in with_gru.named_parameters() if not name.startswith(("classifier", "gru"))
-    }
+def test_one_way_reads_forwards_only() -> None:
+    """A step is known from there on and not before; in both directions the first step knows the last."""
+    model = crnn("one_way", pooling="mean")
+    before, pooled = steps(model, sequences()), embeddings(model, sequences())
+    assert before.shape == (3, 12, HIDDEN // 4)
+    torch.testing.assert_close(pooled, before.mean(1))
+    for step in range(12):
+        sequence = sequences()
+        sequence[:, step] += 1
+        changed = (steps(model, sequence) - before).abs().amax(dim=(0, 2))
+        assert (changed[:step] == 0).all()
+        assert changed[step] > 1e-2
+        assert (embeddings(model, sequence) - pooled).abs().max() > 1e-3
+
+    both_ways, sequence = crnn("gru"), sequences()
+    sequence[:, -1] += 1
+    assert not torch.equal(steps(both_ways, sequence)[:, 0], steps(both_ways, sequences())[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "both_ways", "shuffled"),
+    [
+        ("crnn", nn.GRU, True, False),
+        ("crnn_no_gru", None, False, False),
+        ("crnn_lstm", nn.LSTM, True, False),
+        ("crnn_one_way", nn.GRU, False, False),
+        ("crnn_shuffled", nn.GRU, True, True),
+    ],
+)
+def test_a_variant_differs_in_one_thing(
+    name: str, kind: type[nn.RNNBase] | None, both_ways: bool, shuffled: bool
+) -> None:
+    whole, variant = build("crnn"), build(name)
+    assert isinstance(variant, CRNN)
+    assert isinstance(variant.shuffle, ShuffleFrames) == shuffled
+    if kind is None:
+        assert variant.rnn is None
+    else:
+        assert type(variant.rnn) is kind
+        assert variant.rnn.bidirectional == both_ways
+
+    def shapes(model: nn.Module) -> dict[str, torch.Size]:
+        named = model.named_parameters()
+        return {name: p.shape for name, p in named if not name.startswith(("classifier", "rnn"))}
+
+    assert shapes(variant) == shapes(whole)
+
+
+def test_options_reach_every_variant() -> None:
+    for name in MODELS[1:]:
+        model = build_model(name, 8, 32, 64, width=0.5, pooling="mean", band_norm=False)
+        assert isinstance(model, CRNN)
+        assert (model.features[0][0].out_channels, model.pooling) == (CHANNELS[0] // 2, "mean")
+        assert not any(isinstance(part, nn.BatchNorm1d) for part in model.modules())
 
 
 def test_the_sequence_keeps_a_quarter_of_the_frames() -> None:
-    assert crnn(n_hidden=0).sequence(spectrograms(2, 32, 1292)).shape == (2, 323, 24)
+    assert crnn("none").sequence(spectrograms(2, 32, 1292)).shape == (2, 323, CHANNELS[-1] // 4)
+
+
+def test_band_norm_takes_the_level_and_the_spread_out_of_every_mel_band() -> None:
+    x = spectrograms(8, 32, 40)
+    generator = torch.Generator().manual_seed(1)
+    level, spread = torch.rand(2, 32, 1, generator=generator)
+    with torch.no_grad():
+        for band_norm in (True, False):
+            model = crnn("none", band_norm=band_norm).train()  # statistics of the batch
+            changed = (model.sequence(x * (0.5 + spread) + level) - model.sequence(x)).abs().max()
+            assert (changed < 0.01) == band_norm
+
+
+def numbered_frames(n_clips: int = 3, n_mels: int = 4, n_frames: int = 40) -> Tensor:
+    """Clips whose every value is the number of its frame."""
+    return torch.arange(float(n_frames)).expand(n_clips, 1, n_mels, n_frames)
+
+
+def orders(shuffled: Tensor) -> list[tuple[float, ...]]:
+    """Which frame of each clip went where; it must be the same in all mel bands."""
+    assert torch.equal(shuffled, shuffled[:, :, :1].expand(shuffled.shape))
+    return [tuple(clip[0, 0].tolist()) for clip in shuffled]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_shuffling_gives_every_clip_an_order_of_its_own(training: bool) -> None:
+    torch.manual_seed(0)
+    found = orders(ShuffleFrames().train(training)(numbered_frames()))
+    assert [sorted(order) for order in found] == [list(range(40))] * 3
+    assert len({*found, tuple(range(40))}) == 4
+    for order in found:  # far from where they were, not just neighbours swapped
+        assert np.abs(np.array(order) - np.arange(40)).mean() > 8
+
+
+def test_shuffling_keeps_frames_whole_and_clips_apart() -> None:
+    x = spectrograms(3, 5, 40)
+    shuffled = ShuffleFrames().eval()(x)
+    for before, after in zip(x[:, 0], shuffled[:, 0], strict=True):
+        assert sorted(before.T.tolist()) == sorted(after.T.tolist())
+
+
+def test_shuffling_is_drawn_anew_in_training_and_fixed_in_evaluation() -> None:
+    shuffle, x = ShuffleFrames(), numbered_frames()
+    shuffle.train()
+    torch.manual_seed(0)
+    first, second = orders(shuffle(x)), orders(shuffle(x))
+    assert all(one != two for one, two in zip(first, second, strict=True))
+    torch.manual_seed(0)
+    assert orders(shuffle(x)) == first  # training is reproducible
+
+    shuffle.eval()
+    state = torch.get_rng_state()
+    fixed = orders(shuffle(x))
+    assert torch.equal(torch.get_rng_state(), state)  # evaluation takes nothing from training's draws
+    torch.manual_seed(1)
+    assert orders(shuffle(x)) == fixed
+
+
+def test_the_shuffled_crnn_is_the_crnn_on_shuffled_frames() -> None:
+    x = spectrograms(4, 32, 64)
+    plain, shuffled = crnn(), crnn(shuffle=True)
+    with torch.no_grad():
+        assert torch.equal(shuffled(x), plain(ShuffleFrames().eval()(x)))
+        assert (shuffled(x) - plain(x)).abs().max() > 1e-4
+        assert torch.equal(shuffled(x), shuffled(x))

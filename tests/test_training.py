@@ -22,29 +22,33 @@ from conftest import assert_one_sentence, write_png_tree
 
 from fma_nb.dataset import Pack, SpectrogramDataset, load_pack, make_loader, to_input
 from fma_nb.evaluation import evaluate
+from fma_nb.model import MODELS
 from fma_nb.project import FmaNbError, project_root, spectrogram_dir
+from fma_nb.spectrogram import DYNAMIC_RANGE_DB
 from fma_nb.training import (
     LOG_COLUMNS,
     RunFiles,
     TrainConfig,
     augment,
+    colour,
     default_config,
     fit,
     load_checkpoint,
     load_model,
     lr_factor,
+    moving_average,
     predict_logits,
     read_log,
     resolve_device,
     run_files,
     score_loader,
     seeds,
-    shift_in_time,
+    warp,
 )
 
 CPU = torch.device("cpu")
 BASELINE = TrainConfig(epochs=3, batch_size=20)
-CRNN = replace(default_config("crnn"), epochs=3, batch_size=20)
+CRNN = replace(default_config("crnn"), epochs=3, batch_size=20, warmup=0.2, width=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +160,71 @@ def test_evaluation_changes_nothing_and_drops_nothing(pack: Pack, trained: dict[
         assert torch.equal(value, before[name]), name
 
 
+# ----- the moving average of the weights -----
+
+
+def test_a_young_average_forgets_faster() -> None:
+    rule = moving_average(0.9)
+    old, new = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])
+    for n, kept in ((1, 2 / 11), (2, 3 / 12), (70, 71 / 80), (80, 81 / 90), (81, 0.9), (10_000, 0.9)):
+        for n_averaged in (n, torch.tensor(n)):
+            torch.testing.assert_close(rule(old, new, n_averaged), kept * old + (1 - kept) * new)
+    counted = rule(torch.tensor(3), torch.tensor(4), 1)  # batches that a normalisation has seen
+    assert counted == 4 and counted.dtype == torch.long
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.995])
+@pytest.mark.parametrize("config", [BASELINE, CRNN], ids=lambda c: c.model)
+def test_the_average_is_the_one_made_by_hand(
+    pack: Pack, tmp_path: Path, config: TrainConfig, decay: float
+) -> None:
+    """One step an epoch and a constant learning rate: the weights after n epochs are those of step n."""
+    plain = replace(config, batch_size=48, warmup=None, ema=0.0)
+    steps = [
+        load_checkpoint(train(replace(plain, epochs=n), pack, tmp_path / str(n)).last)["model_state"]
+        for n in (1, 2, 3, 4)
+    ]
+    averaged = {name: value.double() for name, value in steps[0].items()}
+    for n, state in enumerate(steps[1:], start=1):
+        kept = min(decay, (1 + n) / (10 + n))
+        for name, value in state.items():
+            if value.is_floating_point():
+                averaged[name] = kept * averaged[name] + (1 - kept) * value.double()
+            else:
+                averaged[name] = value.double()
+
+    last = load_checkpoint(train(replace(plain, epochs=4, ema=decay), pack, tmp_path / "ema").last)
+    assert last["n_averaged"] == 4
+    assert last["model_state"].keys() == averaged.keys()
+    for name, value in last["model_state"].items():
+        torch.testing.assert_close(value.double(), averaged[name], rtol=1e-5, atol=1e-7)
+    for name, value in last["raw_state"].items():  # the average does not reach into the training
+        assert torch.equal(value, steps[-1][name]), name
+
+
+def test_the_average_is_what_is_judged_and_kept(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path
+) -> None:
+    files = train(replace(BASELINE, epochs=6, lr=3e-3, ema=0.99), pack, tmp_path / "ema")
+    loader = make_loader(SpectrogramDataset(pack.split("val")), 256)
+    log = read_log(files.log).set_index("epoch")
+    for path in (files.best, files.last):
+        row = log.loc[load_checkpoint(path)["epoch"], ["val_loss", "val_accuracy"]]
+        judged = score_loader(load_model(path, "baseline", pack, CPU), loader, CPU)
+        assert judged == pytest.approx(tuple(row), rel=1e-6)
+
+    last = load_checkpoint(files.last)
+    torch.save(last | {"model_state": last["raw_state"]}, tmp_path / "raw.pt")
+    raw_loss, _ = score_loader(load_model(tmp_path / "raw.pt", "baseline", pack, CPU), loader, CPU)
+    assert abs(raw_loss - log["val_loss"].iloc[-1]) > 0.01
+    # Only `last` carries the raw weights too; without an average they are the same.
+    assert "raw_state" not in load_checkpoint(files.best)
+    baseline = load_checkpoint(trained["baseline"].last)
+    assert baseline["n_averaged"] == 0
+    for name, value in baseline["raw_state"].items():
+        assert torch.equal(value, baseline["model_state"][name])
+
+
 # ----- the same bits -----
 
 
@@ -242,12 +311,15 @@ def train_and_be_killed(config: TrainConfig, data: Path, folder: Path, name: str
     return files_in(folder)
 
 
-@pytest.mark.parametrize(("name", "epochs_logged"), [("m.csv", [0, 1]), ("m_last.pt", [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("name", "epochs_logged", "ema"),
+    [("m.csv", [0, 1], 0.3), ("m_last.pt", [0, 1, 2], 0.995), ("m_last.pt", [0, 1, 2], 0.0)],
+)
 def test_a_killed_run_goes_on_to_the_same_files(
-    pack: Pack, data: Path, tmp_path: Path, name: str, epochs_logged: list[int]
+    pack: Pack, data: Path, tmp_path: Path, name: str, epochs_logged: list[int], ema: float
 ) -> None:
     """Killed in its third epoch: before the log's row is there, or with all written but ``last``."""
-    config = replace(CRNN, epochs=4)
+    config = replace(CRNN, epochs=4, ema=ema)
     straight = train(config, pack, tmp_path / "straight")
 
     killed = train_and_be_killed(config, data, tmp_path / "killed", name, 3)
@@ -292,7 +364,9 @@ def test_a_lost_or_damaged_file_is_made_again(
     assert epochs_in(files) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("change", [{"lr": 2e-3}, {"epochs": 2}, {"seed": 3}])
+@pytest.mark.parametrize(
+    "change", [{"lr": 1e-3}, {"epochs": 2}, {"seed": 3}, {"ema": 0.0}, {"pooling": "mean"}, {"width": 0.125}]
+)
 def test_another_configuration_starts_over(
     pack: Pack, trained: dict[str, RunFiles], tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -326,6 +400,22 @@ def test_a_log_without_this_seed_is_not_taken_for_complete(
     log.assign(seed=9).to_csv(files.log, index=False)
     fit(CRNN, pack, files, CPU, progress=False)
     assert read_log(files.log).groupby("seed")["epoch"].apply(list).to_dict() == {0: [0, 1, 2], 9: [0, 1, 2]}
+
+
+@pytest.mark.parametrize("lost", ["raw_state", "config"])
+def test_a_checkpoint_of_an_earlier_version_starts_over(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path, lost: str
+) -> None:
+    """Before there was an average, ``last`` had no raw weights and its configuration no such field."""
+    files = copy_of(trained["crnn"], tmp_path / "copy")
+    content = load_checkpoint(files.last)
+    if lost == "config":
+        del content["config"]["ema"]
+    else:
+        del content[lost]
+    torch.save(content, files.last)
+    fit(CRNN, pack, files, CPU, progress=False)
+    assert checkpoints(files) == checkpoints(trained["crnn"])
 
 
 def test_other_data_starts_over(pack: Pack, trained: dict[str, RunFiles], tmp_path: Path) -> None:
@@ -386,8 +476,27 @@ def test_a_loss_that_is_no_number_stops_training(
         ("label_smoothing", -0.1),
         ("freq_mask", 1.5),
         ("time_mask", -0.1),
+        ("stretch", 0.95),
+        ("stretch", -0.1),
+        ("stretch", math.nan),
+        ("mel_shift", -1),
+        ("mel_shift", 65),
+        ("mel_shift", 1.5),
+        ("gain", -0.1),
+        ("gain", 41),
+        ("gain", math.nan),
         ("mixup", -0.1),
         ("mixup", math.nan),
+        ("ema", -0.1),
+        ("ema", 1.0),
+        ("ema", math.nan),
+        ("ema", "0.9"),
+        ("pooling", "max"),
+        ("pooling", None),
+        ("width", 0),
+        ("width", 0.05),
+        ("width", 9),
+        ("width", math.nan),
         ("patience", -1),
     ],
 )
@@ -395,6 +504,13 @@ def test_an_impossible_configuration_is_named(name: str, value: Any) -> None:
     with pytest.raises(FmaNbError) as caught:
         TrainConfig(**{name: value})
     assert_one_sentence(caught.value, f"{name}={value!r}")
+
+
+def test_only_a_crnn_has_an_architecture_to_choose() -> None:
+    options = {"pooling": "mean", "band_norm": False, "width": 0.5}
+    assert TrainConfig("baseline", **options).architecture() == {}
+    for model in MODELS[1:]:
+        assert TrainConfig(model, **options).architecture() == options
 
 
 def test_number_of_seeds() -> None:
@@ -456,6 +572,32 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     with pytest.raises(FmaNbError) as caught:
         load_model(tmp_path / "x.pt", "crnn", pack, CPU)
     assert_one_sentence(caught.value, tmp_path / "x.pt")
+
+
+def test_a_checkpoint_of_another_version_is_refused(
+    pack: Pack, trained: dict[str, RunFiles], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.pt"
+    content = load_checkpoint(trained["crnn"].best)
+    torch.save(content | {"config": content["config"] | {"n_gru": 96}}, path)
+    with pytest.raises(FmaNbError) as caught:
+        load_model(path, "crnn", pack, CPU)
+    assert_one_sentence(caught.value, path, "version")
+    # One from before ``width`` was a field counts as of width 1, which its weights do not fit.
+    del content["config"]["width"]
+    torch.save(content, path)
+    with pytest.raises(FmaNbError) as caught:
+        load_model(path, "crnn", pack, CPU)
+    assert_one_sentence(caught.value, path, "architecture")
+
+
+def test_a_checkpoint_brings_its_architecture(pack: Pack, tmp_path: Path) -> None:
+    config = replace(CRNN, epochs=1, pooling="mean", band_norm=False, width=0.125)
+    files = train(config, pack, tmp_path)
+    network = load_model(files.best, "crnn", pack, CPU)
+    assert (network.pooling, network.classifier.in_features) == ("mean", 32)
+    loader = make_loader(SpectrogramDataset(pack.split("val")), 256)
+    assert score_loader(network, loader, CPU)[0] == pytest.approx(read_log(files.log)["val_loss"][0])
 
 
 @pytest.mark.parametrize(
@@ -570,7 +712,7 @@ def test_without_warmup_the_learning_rate_is_constant() -> None:
 
 def test_the_log_tells_the_learning_rate(trained: dict[str, RunFiles]) -> None:
     # 3 epochs of 3 steps, 2 of the 9 steps rising: steps 0, 3 and 6 begin an epoch.
-    factor = lr_factor(0.2, 9)
+    factor = lr_factor(CRNN.warmup, 9)
     expected = [CRNN.lr * factor(step) for step in (0, 3, 6)]
     assert read_log(trained["crnn"].log)["lr"].tolist() == pytest.approx(expected)
 
@@ -589,10 +731,41 @@ def test_without_ingredients_a_batch_stays_as_it_is() -> None:
     assert share == 1.0
 
 
+def numbered(n_clips: int = 64, n_mels: int = 40, n_frames: int = 50) -> torch.Tensor:
+    """Clips in which every pixel has a number of its own, which `origins` reads."""
+    numbers = torch.arange(n_clips * 100 * 100).reshape(n_clips, 100, 100)
+    return numbers[:, :n_mels, :n_frames]
+
+
+def origins(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the source frame of every frame and the source band of every band of each clip.
+
+    Whole frames and bands have moved, and no clip has got anything from another one.
+    """
+    clips, bands, frames = images // 10_000, images // 100 % 100, images % 100
+    assert torch.equal(clips, torch.arange(len(images))[:, None, None].expand(images.shape))
+    assert torch.equal(frames, frames[:, :1].expand(images.shape))
+    assert torch.equal(bands, bands[:, :, :1].expand(images.shape))
+    return frames[:, 0], bands[:, :, 0]
+
+
+def warped(seed: int = 0, **ingredients: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return origins(warp(numbered(), TrainConfig(**ingredients)))
+
+
+def test_nothing_is_warped_without_being_asked_for() -> None:
+    images = numbered()
+    others = TrainConfig(gain=5.0, freq_mask=0.3, time_mask=0.3, mixup=0.3)
+    for config in (TrainConfig(), others):
+        assert torch.equal(warp(images, config), images)
+
+
 def test_shifting_rotates_every_clip_on_its_own() -> None:
     images, labels = batch(32)
     torch.manual_seed(0)
-    shifted = shift_in_time(images)
+    shifted = warp(images, TrainConfig(time_shift=True))
+    assert shifted.dtype == images.dtype
     shifts = []
     for before, after in zip(images, shifted, strict=True):
         fitting = [k for k in range(50) if torch.equal(before.roll(k, dims=1), after)]
@@ -603,6 +776,110 @@ def test_shifting_rotates_every_clip_on_its_own() -> None:
     torch.manual_seed(0)
     inputs, _, _ = augment(images, labels, TrainConfig(time_shift=True))
     assert torch.equal(inputs, to_input(shifted))
+
+
+def test_every_shift_occurs() -> None:
+    frames, bands = warped(time_shift=True)
+    more, _ = warped(seed=1, time_shift=True)
+    starts = torch.cat([frames[:, 0], more[:, 0]])
+    assert starts.min() < 5 and starts.max() >= 45
+    assert torch.equal(bands, torch.arange(40).expand(bands.shape))
+
+
+@pytest.mark.parametrize("stretch", [0.1, 0.5, 0.9])
+def test_stretching_plays_every_clip_at_its_own_speed(stretch: float) -> None:
+    frames, bands = warped(stretch=stretch)
+    assert torch.equal(bands, torch.arange(40).expand(bands.shape))
+    assert (frames[:, 0] == 0).all()
+    advance = frames.diff(dim=1) % 50  # it begins again where the clip ends
+    speeds = advance.sum(dim=1) / 49
+    assert (speeds > 1 - stretch - 1 / 49).all() and (speeds <= 1 + stretch).all()
+    assert speeds.min() < 1 - 0.8 * stretch and speeds.max() > 1 + 0.8 * stretch
+    assert len({tuple(clip) for clip in frames.tolist()}) > 20
+    # A speed that is steady: each step is one of two neighbouring whole numbers.
+    assert (advance.amax(dim=1) - advance.amin(dim=1) <= 1).all()
+    for clip, speed in zip(frames, speeds.tolist(), strict=True):
+        ideal = speed * np.arange(50)
+        away = np.abs((clip.numpy() - ideal + 25) % 50 - 25)
+        assert away.max() <= 2
+
+
+@pytest.mark.parametrize("furthest", [1, 3])
+def test_mel_shift_moves_every_clip_by_whole_bands(furthest: int) -> None:
+    frames, bands = warped(mel_shift=furthest)
+    assert torch.equal(frames, torch.arange(50).expand(frames.shape))
+    shifts = (bands[:, 20] - 20).tolist()
+    for clip, shift in zip(bands, shifts, strict=True):
+        assert torch.equal(clip, (torch.arange(40) + shift).clamp(0, 39))  # the edge is repeated
+    assert set(shifts) == set(range(-furthest, furthest + 1))
+    assert max(shifts.count(shift) for shift in shifts) < 64 * 2 / (2 * furthest + 1)
+
+
+def test_a_mel_shift_beyond_the_image_leaves_the_edge() -> None:
+    torch.manual_seed(0)
+    _, bands = origins(warp(numbered(n_mels=4), TrainConfig(mel_shift=64)))
+    assert {tuple(clip) for clip in bands.tolist()} >= {(0, 0, 0, 0), (3, 3, 3, 3)}
+
+
+def test_warps_are_drawn_apart() -> None:
+    """All at once: frames stay frames of their clip, and no draw can be told from another one."""
+    frames, bands = warped(time_shift=True, stretch=0.2, mel_shift=3)
+    assert len({tuple(clip) for clip in frames.tolist()}) > 60
+    speeds = (frames.diff(dim=1) % 50).sum(dim=1) / 49
+    draws = torch.stack([frames[:, 0].float(), speeds, (bands[:, 20] - 20).float()])
+    assert (torch.corrcoef(draws) - torch.eye(3)).abs().max() < 0.4
+    again, _ = warped(time_shift=True, stretch=0.2, mel_shift=3)
+    other, _ = warped(seed=1, time_shift=True, stretch=0.2, mel_shift=3)
+    assert torch.equal(frames, again)
+    assert not torch.equal(frames, other)
+
+
+def levels(n_clips: int = 400, n_mels: int = 41, n_frames: int = 6) -> torch.Tensor:
+    """Inputs in the middle of their range."""
+    generator = torch.Generator().manual_seed(0)
+    return 0.4 + 0.2 * torch.rand(n_clips, 1, n_mels, n_frames, generator=generator)
+
+
+def curves(coloured: torch.Tensor, inputs: torch.Tensor) -> np.ndarray:
+    """Return what was added to each clip's mel bands; it must be the same in all frames."""
+    added = coloured - inputs
+    torch.testing.assert_close(added, added[..., :1].expand(added.shape), atol=1e-6, rtol=0)
+    return added[:, 0, :, 0].numpy()
+
+
+def test_colour_is_a_smooth_curve_of_each_clip() -> None:
+    torch.manual_seed(0)
+    added = curves(colour(levels(), 0.02), levels())
+    knots = added[:, ::8]  # 41 bands: 6 knots with 8 steps between them
+    for curve, at_knots in zip(added, knots, strict=True):
+        straight = np.interp(np.arange(41), np.arange(0, 41, 8), at_knots)
+        np.testing.assert_allclose(curve, straight, atol=1e-6)
+    assert knots.std(axis=0) == pytest.approx(0.02, rel=0.15)  # between clips
+    assert knots.std(axis=1).mean() == pytest.approx(0.02, rel=0.15)  # and within one: not one loudness
+    assert np.abs(knots.mean(axis=0)).max() < 0.004
+    assert len(np.unique(added.round(6), axis=0)) == 400
+
+    torch.manual_seed(0)
+    np.testing.assert_allclose(curves(colour(levels(), 0.04), levels()), 2 * added, atol=1e-6)
+
+
+def test_colour_leaves_silence_silent() -> None:
+    torch.manual_seed(0)
+    inputs = levels()
+    inputs[:, :, 5:30, 2:4] = 0
+    coloured = colour(inputs, 0.5)
+    assert (coloured[inputs == 0] == 0).all()
+    assert coloured.min() == 0  # what falls below the floor is at the floor
+    assert (coloured[inputs > 0] > 0.6).any()
+    assert torch.equal(inputs[:, :, 0], levels()[:, :, 0])  # and the batch itself is left alone
+
+
+def test_gain_is_in_decibels() -> None:
+    images = torch.full((400, 41, 6), 128, dtype=torch.uint8)
+    torch.manual_seed(0)
+    inputs, _, _ = augment(images, torch.zeros(400), TrainConfig(gain=5.0))
+    added = curves(inputs, to_input(images)) * DYNAMIC_RANGE_DB
+    assert added[:, ::8].std() == pytest.approx(5.0, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "axis", "longest"), [("freq_mask", 2, 12), ("time_mask", 3, 15)])
@@ -641,14 +918,19 @@ def test_mixup_blends_pairs_by_their_share() -> None:
 
 
 def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> None:
-    plain = replace(CRNN, epochs=1, time_shift=False, freq_mask=0.0, time_mask=0.0, mixup=0.0)
-    plain = replace(plain, label_smoothing=0.0, weight_decay=0.0, warmup=None)
+    plain = replace(TrainConfig("crnn", width=0.25), epochs=1, batch_size=20, optimizer="adamw")
     ingredients: list[dict[str, Any]] = [
         {},
         {"time_shift": True},
+        {"stretch": 0.3},
+        {"mel_shift": 2},
+        {"gain": 5.0},
         {"freq_mask": 0.3},
         {"time_mask": 0.3},
         {"mixup": 0.3},
+        {"ema": 0.9},
+        {"pooling": "mean"},
+        {"band_norm": False},
         {"label_smoothing": 0.1},
         {"weight_decay": 0.5},
         {"warmup": 0.5},

@@ -1,0 +1,214 @@
+"""Stage 7b, ablation: the final recipe with every ingredient taken out in turn, and its cross-validation.
+
+Each row is a configuration that differs from the final recipe in one thing, trained with several seeds
+and evaluated on validation. Finished trainings are never repeated, so the table grows row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+
+from fma_nb.dataset import Pack, Split
+from fma_nb.evaluation import (
+    Metrics,
+    artist_groups,
+    correct_matrix,
+    paired_difference,
+    read_metrics,
+    train_and_evaluate,
+)
+from fma_nb.project import FmaNbError, atomic_path, run_dir
+from fma_nb.training import TrainConfig, default_config
+
+FINAL = "final"
+ROWS: dict[str, dict[str, Any]] = {
+    FINAL: {},
+    # The question of the course.
+    "no_gru": {"model": "crnn_no_gru"},
+    "lstm": {"model": "crnn_lstm"},
+    "one_way": {"model": "crnn_one_way"},
+    "shuffled": {"model": "crnn_shuffled"},
+    # One ingredient less.
+    "no_time_shift": {"time_shift": False},
+    "no_stretch": {"stretch": 0.0},
+    "no_mel_shift": {"mel_shift": 0},
+    "no_gain": {"gain": 0.0},
+    "no_warp": {"stretch": 0.0, "mel_shift": 0, "gain": 0.0},
+    "no_masks": {"freq_mask": 0.0, "time_mask": 0.0},
+    "no_mixup": {"mixup": 0.0},
+    "no_label_smoothing": {"label_smoothing": 0.0},
+    "no_weight_decay": {"weight_decay": 0.0},
+    "no_schedule": {"warmup": None},
+    "no_ema": {"ema": 0.0},
+    "mean_pooling": {"pooling": "mean"},
+    "no_band_norm": {"band_norm": False},
+    "half_width": {"width": 0.5},
+    # Architecture and recipe apart.
+    "baseline_with_recipe": {"model": "baseline"},
+}
+PLAIN_ROWS = {"crnn_plain": "crnn", "baseline": "baseline"}
+CSV_COLUMNS = [
+    *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_macro_f1"),
+    *("parameters", "seconds", "device", "date"),
+]
+
+
+def row_config(row: str, base: TrainConfig) -> TrainConfig:
+    """Return a row's configuration.
+
+    Parameters
+    ----------
+    row
+        One of `ROWS`, which change ``base``, or of `PLAIN_ROWS`, which train with the baseline's plain
+        recipe: Adam, a constant learning rate, no augmentation.
+    base
+        The final recipe.
+
+    Raises
+    ------
+    FmaNbError
+        When there is no such row.
+    """
+    if row in PLAIN_ROWS:
+        return replace(default_config("baseline"), model=PLAIN_ROWS[row])
+    if row not in ROWS:
+        raise FmaNbError(f"--rows {row}: choose among {', '.join((*ROWS, *PLAIN_ROWS))}.")
+    return replace(base, **ROWS[row])
+
+
+def run_ablation(
+    pack: Pack, run: str, rows: Sequence[str], base: TrainConfig, n_seeds: int, device: torch.device
+) -> Path:
+    """Train and evaluate rows on validation, seed by seed; write ``ablation.csv`` after each row.
+
+    Returns
+    -------
+    path
+        The CSV: one line a training, `CSV_COLUMNS`.
+    """
+    configs = {row: row_config(row, base) for row in rows}
+    for row, config in configs.items():
+        print(f"{row}:", flush=True)
+        train_and_evaluate(config, pack, _row_run(run, row), device, n_seeds=n_seeds)
+        write_csv(run)
+    return write_csv(run)
+
+
+def _row_run(run: str, row: str) -> str:
+    return f"{run}/ablation/{row}"
+
+
+def finished_rows(run: str) -> dict[str, Metrics]:
+    """Read the metrics of every row of a run that is finished, in the order of `ROWS`."""
+    found = {}
+    for row in (*ROWS, *PLAIN_ROWS):
+        paths = list((run_dir(_row_run(run, row)) / "metrics").glob("*.json"))
+        if paths:
+            model = paths[0].stem
+            found[row] = read_metrics(_row_run(run, row), [model])[model]
+    return found
+
+
+def write_csv(run: str) -> Path:
+    """Write ``outputs/<run>/ablation.csv`` from the metrics of the finished rows."""
+    lines = [
+        {
+            "row": row,
+            "model": metrics["model"],
+            "seed": result["seed"],
+            "epochs": result["epochs"],
+            "best_epoch": result["best_epoch"],
+            "val_accuracy": round(result["val"]["accuracy"], 5),
+            "val_macro_f1": round(result["val"]["macro_f1"], 5),
+            "parameters": metrics["n_parameters"],
+            "seconds": result["seconds"],
+            "device": metrics["device"],
+            "date": metrics["date"],
+        }
+        for row, metrics in finished_rows(run).items()
+        for result in metrics["seeds"]
+    ]
+    path = run_dir(run) / "ablation.csv"
+    with atomic_path(path) as temporary:
+        pd.DataFrame(lines, columns=CSV_COLUMNS).to_csv(temporary, index=False)
+    return path
+
+
+def ablation_table(run: str) -> pd.DataFrame:
+    """Compare every finished row of a run with the final recipe, on the same validation tracks.
+
+    Returns
+    -------
+    table
+        ``row, seeds, epochs, val_mean, val_std, difference, low, high``; the interval is the 95 % one of
+        `fma_nb.evaluation.paired_difference`. Empty where the final recipe is not finished.
+    """
+    found = finished_rows(run)
+    if FINAL not in found:
+        return pd.DataFrame()
+    final = correct_matrix(found[FINAL], "val")
+    groups = artist_groups(found[FINAL]["dataset"], list(final.columns))
+    lines = []
+    for row, metrics in found.items():
+        if metrics["fingerprint"] != found[FINAL]["fingerprint"]:
+            continue
+        gap = paired_difference(correct_matrix(metrics, "val"), final, groups)
+        accuracies = [result["val"]["accuracy"] for result in metrics["seeds"]]
+        lines.append(
+            {
+                "row": row,
+                "seeds": len(accuracies),
+                "epochs": metrics["config"]["epochs"],
+                "val_mean": float(np.mean(accuracies)),
+                "val_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan,
+                "difference": gap.value,
+                "low": gap.low,
+                "high": gap.high,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def folds(pack: Pack, n_folds: int) -> Iterator[Pack]:
+    """Cut the training split into folds; yield packs whose validation is one fold each.
+
+    Folds are balanced by genre, and by artist where the metadata tells the artist. The official
+    validation split is not touched: what comes out is an estimate that nothing was chosen on.
+
+    Raises
+    ------
+    FmaNbError
+        When there are fewer than two folds.
+    """
+    if n_folds < 2:
+        raise FmaNbError(f"--folds {n_folds} must be at least 2.")
+    train = pack.split("train")
+    groups = artist_groups(pack.dataset, train.track_ids.tolist())
+    cutter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+    for i, (kept, held_out) in enumerate(cutter.split(train.track_ids, train.labels, groups)):
+        splits = {name: _part(train, chosen) for name, chosen in (("train", kept), ("val", held_out))}
+        yield replace(pack, fingerprint=f"{pack.fingerprint}/fold {i} of {n_folds}", splits=splits)
+
+
+def _part(split: Split, chosen: np.ndarray[Any, Any]) -> Split:
+    return Split(split.images[chosen], split.labels[chosen], split.track_ids[chosen])
+
+
+def cross_validate(
+    pack: Pack, run: str, config: TrainConfig, n_folds: int, device: torch.device
+) -> list[float]:
+    """Train a recipe once for each fold of the training split; return the folds' accuracies."""
+    accuracies = []
+    for i, fold in enumerate(folds(pack, n_folds)):
+        print(f"fold {i + 1} of {n_folds}:", flush=True)
+        metrics = train_and_evaluate(config, fold, _row_run(run, f"fold{i}of{n_folds}"), device)
+        accuracies.append(float(metrics["seeds"][0]["val"]["accuracy"]))
+    return accuracies

@@ -1,0 +1,120 @@
+"""From any audio file to eight probabilities, with the weights that come with the package.
+
+The shipped CRNN was trained on FMA-Small; ``fma_nb/weights/README.md`` is its model card. A file of any
+length is cut into windows of 30 s, as long as the clips it was trained on, and their answers are averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fma_nb.audio import UnreadableClipError, load_windows
+from fma_nb.calibration import answers, fit_temperature
+from fma_nb.dataset import to_input
+from fma_nb.evaluation import SHIPPED_WEIGHTS, read_metrics
+from fma_nb.model import build_model
+from fma_nb.project import FmaNbError
+from fma_nb.spectrogram import get_preset, log_mel, to_grey
+from fma_nb.training import load_checkpoint, run_files, save_checkpoint, saved_config
+
+SHIPPED_KEYS = ("model_state", "config", "genres", "preset", "image_shape", "epoch", "val_accuracy")
+# Nearly all of FMA's clips have it, so their mel bands mean these frequencies; Hz.
+USUAL_RATE = 44_100
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained network with all that it needs to classify a file.
+
+    Attributes
+    ----------
+    network
+        Takes spectrograms, gives logits; in evaluation mode.
+    genres
+        What the logits stand for, in order.
+    preset
+        How spectrograms are made.
+    temperature
+        Logits are divided by it, so that a probability of 0.6 is right in 6 of 10 cases.
+    """
+
+    network: nn.Module
+    genres: tuple[str, ...]
+    preset: str
+    temperature: float
+
+
+def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
+    """Load weights made by `export_weights`; nothing in the file is executed.
+
+    Raises
+    ------
+    FmaNbError
+        When the file is missing, is no checkpoint of this project, or does not fit its architecture.
+    """
+    saved = load_checkpoint(path)
+    config = saved_config(path, saved)
+    network = build_model(config.model, len(saved["genres"]), *saved["image_shape"], **config.architecture())
+    try:
+        network.load_state_dict(saved["model_state"])
+    except RuntimeError as error:
+        raise FmaNbError(f"{path} holds weights of another architecture: train again.") from error
+    temperature = float(saved.get("temperature", 1.0))
+    return Classifier(network.eval(), tuple(saved["genres"]), saved["preset"], temperature)
+
+
+def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str, float]:
+    """Return the probability of each genre for an audio file of any length.
+
+    Parameters
+    ----------
+    path
+        Anything that libsndfile decodes: MP3, OGG, FLAC, WAV.
+    classifier
+        The weights to use; those of the package by default.
+
+    Raises
+    ------
+    FmaNbError
+        When the file cannot be decoded, is shorter than 1 s, or is silent.
+    """
+    classifier = classifier or load_classifier()
+    preset = get_preset(classifier.preset)
+    try:
+        images = [
+            to_grey(log_mel(samples, rate, preset))
+            for samples, rate in load_windows(Path(path), preset.sample_rate or USUAL_RATE)
+        ]
+    except UnreadableClipError as error:
+        raise FmaNbError(f"{path}: {error}.") from error
+    with torch.inference_mode():
+        logits = classifier.network(to_input(torch.from_numpy(np.stack(images))))
+        probabilities = (logits / classifier.temperature).softmax(1).mean(0)
+    return dict(zip(classifier.genres, probabilities.tolist(), strict=True))
+
+
+def export_weights(run: str, model: str, path: Path = SHIPPED_WEIGHTS) -> float:
+    """Write the first seed's best weights of a run, with a temperature fitted on validation.
+
+    Returns
+    -------
+    temperature
+        Above 1: the network was too sure of itself.
+    """
+    metrics = read_metrics(run, [model])[model]
+    seed = metrics["config"]["seed"]
+    saved = load_checkpoint(run_files(run, model, seed, seed).best)
+    temperature = fit_temperature(*answers(metrics, "val"))
+    save_checkpoint(path, {key: saved[key] for key in SHIPPED_KEYS} | {"temperature": temperature})
+    return temperature
+
+
+def bar_chart(probabilities: dict[str, float], width: int = 30) -> str:
+    """Return the probabilities as a small bar chart of text, the most likely genre first."""
+    ordered = sorted(probabilities.items(), key=lambda item: -item[1])
+    return "\n".join(f"  {genre:<14}{p:5.2f}  {'█' * round(width * p)}".rstrip() for genre, p in ordered)

@@ -1,0 +1,406 @@
+"""Stage 7b: every row takes out what its name says, finished rows stay, and folds leak nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
+
+from fma_nb.ablation import (
+    CSV_COLUMNS,
+    PLAIN_ROWS,
+    ROWS,
+    ablation_table,
+    finished_rows,
+    folds,
+    row_config,
+)
+from fma_nb.cli import main
+from fma_nb.dataset import Pack, load_pack
+from fma_nb.evaluation import artist_groups, correct_matrix, paired_difference
+from fma_nb.metadata import GENRES
+from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
+from fma_nb.project import FmaNbError, data_dir, outputs_dir, spectrogram_dir
+from fma_nb.training import TrainConfig, default_config
+
+RUN = "tiny"
+N_SEEDS = 2
+# What lets a small CRNN learn something in one epoch from bands at a genre's own height.
+QUICK = {
+    "epochs": "1",
+    "width": "0.25",
+    "batch_size": "2",
+    "lr": "0.01",
+    "ema": "0",
+    "mixup": "0",
+    "mel_shift": "0",
+    "freq_mask": "0",
+    "seed": "3",
+}
+MODEL_OF = {"final": "crnn", "no_gru": "crnn_no_gru"}
+
+
+def ablate(*arguments: str, dataset: str = "fma_small", run: str = RUN) -> tuple[int, str]:
+    """Run ``fma-nb ablate`` with the quick recipe; return the exit status and what it printed."""
+    changes = [word for name, value in QUICK.items() for word in ("-p", name, value)]
+    options = ["--dataset", dataset, "--run", run, "--device", "cpu"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = main(["ablate", *options, *changes, *arguments])
+    return status, printed.getvalue()
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> FmaNbError:
+    """Return what the command line said about bad input, one line."""
+    said = capsys.readouterr().err
+    assert said.startswith("fma-nb: ")
+    assert said.count("\n") == 1
+    return FmaNbError(said.strip())
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    found = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    assert found
+    return found
+
+
+def metrics_of(row: str, model: str, run: str = RUN) -> dict[str, Any]:
+    path = outputs_dir() / run / "ablation" / row / "metrics" / f"{model}.json"
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """What an ablation of two rows with two seeds printed; its files are in this module's folders."""
+    write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 6, "val": 3, "test": 1})
+    status, text = ablate("--rows", "final,no_gru", "--seeds", str(N_SEEDS))
+    assert status == 0
+    return text
+
+
+# ----- rows -----
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "final": {},
+    "no_gru": {"model": "crnn_no_gru"},
+    "lstm": {"model": "crnn_lstm"},
+    "one_way": {"model": "crnn_one_way"},
+    "shuffled": {"model": "crnn_shuffled"},
+    "no_time_shift": {"time_shift": False},
+    "no_stretch": {"stretch": 0},
+    "no_mel_shift": {"mel_shift": 0},
+    "no_gain": {"gain": 0},
+    "no_warp": {"stretch": 0, "mel_shift": 0, "gain": 0},
+    "no_masks": {"freq_mask": 0, "time_mask": 0},
+    "no_mixup": {"mixup": 0},
+    "no_label_smoothing": {"label_smoothing": 0},
+    "no_weight_decay": {"weight_decay": 0},
+    "no_schedule": {"warmup": None},
+    "no_ema": {"ema": 0},
+    "mean_pooling": {"pooling": "mean"},
+    "no_band_norm": {"band_norm": False},
+    "half_width": {"width": 0.5},
+    "baseline_with_recipe": {"model": "baseline"},
+}
+
+
+def changed_fields(config: TrainConfig, base: TrainConfig) -> dict[str, Any]:
+    before = asdict(base)
+    return {name: value for name, value in asdict(config).items() if value != before[name]}
+
+
+def test_the_rows_are_those_that_this_file_knows() -> None:
+    assert ROWS.keys() == CHANGES.keys()
+
+
+@pytest.mark.parametrize("row", CHANGES)
+def test_a_row_changes_what_its_name_says_and_nothing_else(row: str) -> None:
+    """A change that left the final recipe as it is would measure nothing."""
+    base = replace(default_config("crnn"), epochs=7, seed=5)
+    assert changed_fields(row_config(row, base), base) == CHANGES[row]
+
+
+@pytest.mark.parametrize("row", [*CHANGES, *PLAIN_ROWS])
+def test_every_row_gives_a_network_that_answers(row: str) -> None:
+    config = row_config(row, replace(default_config("crnn"), width=0.25))
+    network = build_model(config.model, 8, 128, 128, **config.architecture()).eval()
+    with torch.inference_mode():
+        assert network(torch.rand(2, 1, 128, 128)).shape == (2, 8)
+
+
+def test_architectures_differ_as_their_names_say() -> None:
+    base = default_config("crnn")
+
+    def network(row: str) -> Any:
+        config = row_config(row, base)
+        return build_model(config.model, 8, 128, 128, **config.architecture())
+
+    final = network("final")
+    assert isinstance(final, CRNN)
+    assert isinstance(final.rnn, torch.nn.GRU) and final.rnn.bidirectional
+    assert network("no_gru").rnn is None
+    assert isinstance(network("lstm").rnn, torch.nn.LSTM)
+    assert isinstance(network("one_way").rnn, torch.nn.GRU) and not network("one_way").rnn.bidirectional
+    assert isinstance(network("baseline_with_recipe"), BaselineCNN)
+    assert count_parameters(network("half_width")) < count_parameters(final) / 3
+    assert count_parameters(network("shuffled")) == count_parameters(final)
+    assert 2 * network("mean_pooling").classifier.in_features == final.classifier.in_features
+    assert count_parameters(final) - count_parameters(network("no_band_norm")) == 2 * 128
+
+
+@pytest.mark.parametrize(("row", "model"), [("crnn_plain", "crnn"), ("baseline", "baseline")])
+def test_plain_rows_train_as_the_baseline_does(row: str, model: str) -> None:
+    config = row_config(row, default_config("crnn"))
+    assert config == replace(default_config("baseline"), model=model)
+    assert config.optimizer == "adam" and config.warmup is None and not config.time_shift
+    assert config.stretch == config.gain == config.freq_mask == config.mixup == config.ema == 0
+
+
+@pytest.mark.usefixtures("printed")
+def test_an_unknown_row_is_named_before_anything_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FmaNbError) as caught:
+        row_config("no_drums", default_config("crnn"))
+    assert_one_sentence(caught.value, "no_drums", "no_gru", "crnn_plain")
+
+    assert ablate("--rows", "final,no_drums", run="untouched") == (2, "")
+    assert_one_sentence(refusal(capsys), "no_drums")
+    assert not (outputs_dir() / "untouched").exists()
+
+
+# ----- the command -----
+
+
+def test_the_csv_has_a_line_a_training_with_the_metrics_numbers(printed: str) -> None:
+    path = outputs_dir() / RUN / "ablation.csv"
+    assert printed.splitlines()[-1].endswith(str(path))
+    table = pd.read_csv(path)
+    assert list(table.columns) == CSV_COLUMNS
+    assert table["row"].tolist() == ["final", "final", "no_gru", "no_gru"]
+    assert table["seed"].tolist() == [3, 4, 3, 4]
+    for line in table.to_dict("records"):
+        model = MODEL_OF[line["row"]]
+        metrics = metrics_of(line["row"], model)
+        result = metrics["seeds"][line["seed"] - 3]
+        assert line["model"] == metrics["model"] == model
+        assert line["epochs"] == result["epochs"] == 1
+        assert line["best_epoch"] == result["best_epoch"] == 0
+        assert line["val_accuracy"] == pytest.approx(result["val"]["accuracy"], abs=1e-5)
+        assert line["val_macro_f1"] == pytest.approx(result["val"]["macro_f1"], abs=1e-5)
+        assert line["parameters"] == count_parameters(build_model(model, 8, 32, 32, width=0.25))
+        assert line["seconds"] == result["seconds"]
+        assert (line["device"], line["date"]) == (metrics["device"], metrics["date"])
+
+
+@pytest.mark.usefixtures("printed")
+def test_rows_are_trained_with_the_changes_of_the_command_line() -> None:
+    for row, model in MODEL_OF.items():
+        config = metrics_of(row, model)["config"]
+        assert {name: config[name] for name in QUICK} == {n: float(v) for n, v in QUICK.items()}
+        assert config["optimizer"] == default_config("crnn").optimizer
+        assert config["label_smoothing"] == default_config("crnn").label_smoothing
+
+
+@pytest.mark.usefixtures("printed")
+def test_rows_are_judged_on_validation_only() -> None:
+    for row, model in MODEL_OF.items():
+        metrics = metrics_of(row, model)
+        assert list(metrics["labels"]) == ["val"]
+        assert not any("test" in result for result in metrics["seeds"])
+
+
+def test_a_second_run_trains_nothing_again(printed: str) -> None:
+    folder = outputs_dir() / RUN
+    before, csv = stamps(folder), (folder / "ablation.csv").read_bytes()
+    status, text = ablate("--rows", "final,no_gru", "--seeds", str(N_SEEDS))
+    assert status == 0
+    assert stamps(folder) == before
+    assert (folder / "ablation.csv").read_bytes() == csv
+    assert text.splitlines()[-4:] == printed.splitlines()[-4:]  # the table, and where the CSV lies
+
+
+def test_the_table_compares_every_row_with_the_final_recipe(printed: str) -> None:
+    table = ablation_table(RUN).set_index("row")
+    assert list(table.index) == ["final", "no_gru"]
+    assert table.loc["final", "difference"] == 0
+    matrices = {row: correct_matrix(metrics, "val") for row, metrics in finished_rows(RUN).items()}
+    assert not matrices["no_gru"].equals(matrices["final"])  # else this test would show little
+    groups = artist_groups("fma_small", list(matrices["final"].columns))
+    expected = paired_difference(matrices["no_gru"], matrices["final"], groups)
+    found = table.loc["no_gru"]
+    assert (found["difference"], found["low"], found["high"]) == (
+        expected.value,
+        expected.low,
+        expected.high,
+    )
+    for row, line in table.iterrows():
+        accuracies = [r["val"]["accuracy"] for r in metrics_of(str(row), MODEL_OF[str(row)])["seeds"]]
+        assert line["val_mean"] == pytest.approx(statistics.mean(accuracies))
+        assert line["val_std"] == pytest.approx(statistics.stdev(accuracies))
+        assert (line["seeds"], line["epochs"]) == (N_SEEDS, 1)
+    shown = re.search(r"no_gru +2 +1 +([\d.]+)", printed)
+    assert shown and float(shown[1]) == pytest.approx(found["val_mean"], abs=1e-4)
+
+
+def test_a_run_without_the_final_recipe_has_no_table() -> None:
+    assert ablation_table("nothing_here").empty
+
+
+@pytest.mark.usefixtures("project")
+def test_a_row_made_from_other_data_is_left_out() -> None:
+    """Answers to other clips cannot be compared clip by clip; after a new training they can."""
+    write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1})
+    assert ablate("--rows", "final,no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
+    assert ablation_table(RUN)["row"].tolist() == ["final", "no_gru"]
+    assert ablation_table(RUN)["val_std"].isna().all()  # no spread of one seed
+    write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1}, seed=1)
+    assert ablate("--rows", "no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
+    assert ablation_table(RUN)["row"].tolist() == ["final"]
+    assert ablate("--rows", "final", "--seeds", "1", dataset="fma_mini")[0] == 0
+    assert ablation_table(RUN)["row"].tolist() == ["final", "no_gru"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("drums", "1"),
+        ("epochs", "many"),
+        ("epochs", "1.5"),
+        ("epochs", "0"),
+        ("lr", "nan"),
+        ("time_shift", "maybe"),
+        ("width", "100"),
+        ("warmup", "2"),
+        ("pooling", "max"),
+        ("model", "resnet"),
+    ],
+)
+def test_a_bad_change_of_the_recipe_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    assert ablate("-p", name, value, run="untouched") == (2, "")
+    assert_one_sentence(refusal(capsys), name)
+    assert not (outputs_dir() / "untouched").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--seeds", "0", "--rows", "final"], "n_seeds=0"),
+        (["--device", "abacus"], "abacus"),
+        (["--preset", "huge"], "huge"),
+        (["--dataset", "fma_mini"], "fma_mini"),
+        (["--run", "../x", "--rows", "final"], "../x"),
+        (["--folds", "1"], "--folds 1"),
+        (["--folds", "-3"], "--folds -3"),
+    ],
+)
+@pytest.mark.usefixtures("printed")
+def test_bad_options_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], name: str
+) -> None:
+    assert ablate(*arguments, run="untouched")[0] == 2
+    assert_one_sentence(refusal(capsys), name)
+    assert not (outputs_dir() / "untouched").exists()
+
+
+# ----- folds -----
+
+
+def ids(pack: Pack, split: str) -> list[int]:
+    return pack.split(split).track_ids.tolist()
+
+
+@pytest.mark.parametrize("n_folds", [2, 3, 5])
+@pytest.mark.usefixtures("printed")
+def test_folds_partition_the_training_split(n_folds: int) -> None:
+    pack = load_pack("fma_small", "compact")
+    official = {split: ids(pack, split) for split in ("train", "val", "test")}
+    where = {track_id: i for i, track_id in enumerate(official["train"])}
+    train, held_out = pack.split("train"), []
+    cut = list(folds(pack, n_folds))
+    for fold in cut:
+        kept, judged = ids(fold, "train"), ids(fold, "val")
+        assert sorted(kept + judged) == sorted(official["train"])
+        held_out += judged
+        for split in ("train", "val"):
+            part = fold.split(split)
+            rows = [where[track_id] for track_id in part.track_ids.tolist()]
+            np.testing.assert_array_equal(part.images, train.images[rows])
+            np.testing.assert_array_equal(part.labels, train.labels[rows])
+            assert set(part.labels.tolist()) == set(range(8))
+        assert "test" not in fold.splits
+    assert len(cut) == n_folds
+    assert sorted(held_out) == sorted(official["train"])
+    assert len(set(held_out)) == len(held_out)
+    assert {split: ids(pack, split) for split in official} == official
+    assert [ids(fold, "val") for fold in folds(pack, n_folds)] == [ids(fold, "val") for fold in cut]
+
+
+@pytest.mark.usefixtures("printed")
+def test_a_fold_is_never_taken_for_other_data() -> None:
+    """Trainings are found again by fingerprint: that of a fold belongs to it alone."""
+    pack = load_pack("fma_small", "compact")
+    found = [fold.fingerprint for n_folds in (2, 3) for fold in folds(pack, n_folds)]
+    assert len({pack.fingerprint, *found}) == 6
+
+
+@pytest.mark.usefixtures("project")
+def test_tracks_of_one_artist_stay_together() -> None:
+    tree = write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 6, "val": 1})
+    pack = load_pack("fma_small", "compact")
+    by_genre = {genre: [i for i, row in tree.items() if row[:2] == ("train", genre)] for genre in GENRES}
+    # Two tracks an artist.
+    artist_of = {i: 1000 + ids_[n // 2 * 2] for ids_ in by_genre.values() for n, i in enumerate(ids_)}
+
+    def torn_artists() -> int:
+        return sum(
+            len({artist_of[i] for i in ids(fold, "train")} & {artist_of[i] for i in ids(fold, "val")})
+            for fold in folds(pack, 3)
+        )
+
+    assert torn_artists() > 0  # nothing tells the artists yet, else this test would show little
+    rows = [track_row(i, tree[i][1], artist_id=artist) for i, artist in artist_of.items()]
+    write_tracks_csv(data_dir() / "raw" / "fma_metadata" / "tracks.csv", rows)
+    assert torn_artists() == 0
+    for fold in folds(pack, 3):
+        assert set(fold.split("val").labels.tolist()) == set(range(8))
+
+
+@pytest.mark.parametrize("n_folds", [1, 0, -1])
+@pytest.mark.usefixtures("printed")
+def test_fewer_than_two_folds_are_refused(n_folds: int) -> None:
+    with pytest.raises(FmaNbError) as caught:
+        list(folds(load_pack("fma_small", "compact"), n_folds))
+    assert_one_sentence(caught.value, f"--folds {n_folds}")
+
+
+@pytest.mark.usefixtures("printed")
+def test_cross_validation_prints_an_accuracy_a_fold() -> None:
+    rows_before = list(finished_rows(RUN))
+    status, text = ablate("--folds", "2")
+    assert status == 0
+    last = text.splitlines()[-1]
+    accuracies = []
+    pack = load_pack("fma_small", "compact")
+    for i, fold in enumerate(folds(pack, 2)):
+        metrics = metrics_of(f"fold{i}of2", "crnn")
+        assert metrics["fingerprint"] == fold.fingerprint
+        assert set(metrics["labels"]["val"]) == {str(track_id) for track_id in ids(fold, "val")}
+        accuracies.append(metrics["seeds"][0]["val"]["accuracy"])
+    listed = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
+    assert last == f"2 folds of the training split: {listed} mean {statistics.mean(accuracies):.4f}"
+    assert list(finished_rows(RUN)) == rows_before  # folds are no rows of the ablation
+
+    before = stamps(outputs_dir() / RUN)
+    assert ablate("--folds", "2")[1].splitlines()[-1] == last
+    assert stamps(outputs_dir() / RUN) == before
