@@ -25,6 +25,8 @@ BASELINE_FRAMES = 256
 # The CRNN's convolutions: feature maps, and the pooling over (mel bands, frames) after each but the first,
 # which has a stride of 2 instead. Time is halved twice, the mel bands four times.
 CHANNELS = (32, 64, 96, 128, 128, 192)
+RECURRENCES = ("gru", "lstm", "one_way", "none")
+POOLINGS = ("mean_max", "mean")
 POOLS = ((2, 2), (1, 1), (2, 1), (2, 1), (1, 1))
 HIDDEN = 128
 
@@ -111,14 +113,16 @@ class ConvBlock(nn.Sequential):
 class ShuffleFrames(nn.Module):
     """Put the frames of every clip into random order: what is left is a bag of spectra.
 
-    In training the order is drawn anew each time; in evaluation it is always the same.
+    In training the order is drawn anew for each clip; in evaluation it is always the same one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Shuffle the last axis of ``x`` [shape=(batch, 1, n_mels, n_frames)], each clip on its own."""
-        generator = None if self.training else torch.Generator(x.device).manual_seed(0)
-        keys = torch.rand(len(x), x.shape[-1], device=x.device, generator=generator)
-        return x.gather(3, keys.argsort(1)[:, None, None].expand(x.shape))
+        if not self.training:
+            fixed = torch.Generator().manual_seed(0)  # on the CPU: the same order on every device
+            return x[..., torch.randperm(x.shape[-1], generator=fixed).to(x.device)]
+        order = torch.rand(len(x), x.shape[-1], device=x.device).argsort(1)
+        return x.gather(3, order[:, None, None].expand(x.shape))
 
 
 class CRNN(nn.Module):
@@ -161,6 +165,9 @@ class CRNN(nn.Module):
         dropout: float = 0.4,
     ) -> None:
         super().__init__()
+        if recurrence not in RECURRENCES or pooling not in POOLINGS:
+            choices = f"{', '.join(RECURRENCES)}; and {' or '.join(POOLINGS)}"
+            raise FmaNbError(f"recurrence={recurrence!r}, pooling={pooling!r}: choose among {choices}.")
         self.shuffle = ShuffleFrames() if shuffle else nn.Identity()
         self.band_norm = nn.BatchNorm1d(n_mels) if band_norm else nn.Identity()
         channels = [round(width * n) for n in CHANNELS]
@@ -213,7 +220,6 @@ CRNN_VARIANTS: dict[str, dict[str, Any]] = {
     "crnn_shuffled": {"shuffle": True},
 }
 MODELS = ("baseline", *CRNN_VARIANTS)
-POOLINGS = ("mean_max", "mean")
 
 
 def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options: Any) -> nn.Module:
@@ -229,8 +235,10 @@ def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options
     FmaNbError
         When the name is not one of `MODELS`.
     """
-    if name == "baseline":
+    if name == "baseline" and not options:
         return BaselineCNN(n_classes, n_mels, n_frames)
+    if name == "baseline":
+        raise FmaNbError(f"The baseline's architecture has no options: {', '.join(options)}.")
     if name not in MODELS:
         raise FmaNbError(f"model={name!r} is unknown: choose one of {', '.join(MODELS)}.")
     return CRNN(n_classes, n_mels, **CRNN_VARIANTS[name], **options)

@@ -14,6 +14,7 @@ I. Loshchilov, F. Hutter: "Decoupled Weight Decay Regularization", ICLR 2019 (Ad
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import pickle
@@ -33,7 +34,6 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fma_nb.dataset import Batch, Pack, SpectrogramDataset, make_loader, to_input
@@ -42,6 +42,14 @@ from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, atomic_path, keep_freed_memory, run_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB
 
+CONFIG_CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
+    ("model", MODELS),
+    ("optimizer", ("adam", "adamw")),
+    ("pooling", POOLINGS),
+    ("time_shift", (True, False)),
+    ("band_norm", (True, False)),
+    ("bfloat16", (True, False)),
+)
 CONFIG_RANGES = (
     ("epochs", 1, 100_000),
     ("batch_size", 1, 100_000),
@@ -51,6 +59,7 @@ CONFIG_RANGES = (
     ("label_smoothing", 0, 1),
     ("freq_mask", 0, 1),
     ("time_mask", 0, 1),
+    ("crop", 0.05, 1),
     ("stretch", 0, 0.9),
     ("mel_shift", 0, 64),
     ("gain", 0, 40),
@@ -94,6 +103,8 @@ class TrainConfig:
         Share of the target spread over all genres.
     time_shift
         Rotate each training clip in time by a random number of frames.
+    crop
+        Share of each training clip's frames that is seen, from a random start; the whole clip is evaluated.
     stretch
         Play each training clip faster or slower by up to this share.
     mel_shift
@@ -125,6 +136,7 @@ class TrainConfig:
     warmup: float | None = None
     label_smoothing: float = 0.0
     time_shift: bool = False
+    crop: float = 1.0
     stretch: float = 0.0
     mel_shift: int = 0
     gain: float = 0.0
@@ -140,8 +152,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, by name."""
-        if self.model not in MODELS:
-            raise FmaNbError(f"model={self.model!r} is unknown: choose one of {', '.join(MODELS)}.")
+        for name, choices in CONFIG_CHOICES:
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(map(str, choices))
+                raise FmaNbError(f"{name}={getattr(self, name)!r} is unknown: choose one of {wanted}.")
         for name, low, high in CONFIG_RANGES:
             value = getattr(self, name)
             whole = isinstance(getattr(type(self), name), int)
@@ -150,10 +164,6 @@ class TrainConfig:
                 raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.")
         if self.warmup is not None and not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup <= 1):
             raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")
-        if self.pooling not in POOLINGS:
-            raise FmaNbError(f"pooling={self.pooling!r} is unknown: choose {' or '.join(POOLINGS)}.")
-        if self.optimizer not in ("adam", "adamw"):
-            raise FmaNbError(f"optimizer={self.optimizer!r} is unknown: choose adam or adamw.")
 
     def architecture(self) -> dict[str, Any]:
         """Return the options of `fma_nb.model.build_model`."""
@@ -298,7 +308,7 @@ class _TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    average: AveragedModel | None
+    average: MovingAverage | None
     best_accuracy: float = -1.0
     best_loss: float = math.inf
     stale_epochs: int = 0
@@ -338,7 +348,7 @@ class _TrainState:
         """Return what only an exact resume needs."""
         return {
             "raw_state": self.model.state_dict(),
-            "n_averaged": int(self.average.n_averaged) if self.average is not None else 0,
+            "n_averaged": 0 if self.average is None else self.average.n_updates,
             "scheduler_state": self.scheduler.state_dict(),
             "best_accuracy": self.best_accuracy,
             "best_loss": self.best_loss,
@@ -350,7 +360,7 @@ class _TrainState:
         self.model.load_state_dict(saved["raw_state"])
         if self.average is not None:
             self.average.module.load_state_dict(saved["model_state"])
-            self.average.n_averaged.fill_(saved["n_averaged"])
+            self.average.n_updates = saved["n_averaged"]
         self.optimizer.load_state_dict(saved["optimizer_state"])
         self.scheduler.load_state_dict(saved["scheduler_state"])
         self.best_accuracy = saved["best_accuracy"]
@@ -367,22 +377,32 @@ def _start(config: TrainConfig, pack: Pack, device: torch.device, steps_per_epoc
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     factor = lr_factor(config.warmup, config.epochs * steps_per_epoch)
-    average = None
-    if config.ema:
-        average = AveragedModel(model, avg_fn=moving_average(config.ema), use_buffers=True)
+    average = MovingAverage(model, config.ema) if config.ema else None
     return _TrainState(model, optimizer, LambdaLR(optimizer, factor), average)
 
 
-def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Return the rule of an exponential moving average that forgets faster while it is young."""
+class MovingAverage:
+    """Exponential moving average of a model's weights and buffers, which forgets faster while it is young.
 
-    def rule(average: Tensor, weights: Tensor, n_averaged: Tensor | int) -> Tensor:
-        if not weights.is_floating_point():
-            return weights
-        n = int(n_averaged)
-        return average.lerp(weights, 1 - min(decay, (1 + n) / (10 + n)))
+    PyTorch's `AveragedModel` counts on the device, and reading its count would stall a GPU in every step.
+    """
 
-    return rule
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.n_updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the weights of ``model``."""
+        kept = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates)) if self.n_updates else 0.0
+        averages, weights = self.module.state_dict(), model.state_dict()
+        for name, average in averages.items():
+            if average.is_floating_point():
+                average.lerp_(weights[name], 1 - kept)
+            else:
+                average.copy_(weights[name])
+        self.n_updates += 1
 
 
 def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
@@ -452,7 +472,7 @@ def train_epoch(
         state.optimizer.step()
         state.scheduler.step()
         if state.average is not None:
-            state.average.update_parameters(state.model)
+            state.average.update(state.model)
         losses.append(loss.detach() * len(labels))
         correct += (logits.detach().argmax(1) == labels).sum()
         n_clips += len(labels)
@@ -495,7 +515,7 @@ def augment(images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor
     inputs = to_input(images)
     if config.gain:
         inputs = colour(inputs, config.gain / DYNAMIC_RANGE_DB)
-    n_mels, n_frames = images.shape[1:]
+    n_mels, n_frames = inputs.shape[2:]
     if config.freq_mask:
         width = round(config.freq_mask * n_mels)
         inputs = torchaudio.transforms.FrequencyMasking(width, iid_masks=True)(inputs)
@@ -510,24 +530,25 @@ def augment(images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor
 
 
 def warp(images: Tensor, config: TrainConfig) -> Tensor:
-    """Rotate, stretch and transpose each clip [shape=(batch, n_mels, n_frames)] by its own random amounts.
+    """Rotate, crop, stretch and transpose each clip by its own random amounts.
 
-    A clip is rotated in time: what leaves at its end comes in at its start. Mel bands that come in from
-    beyond the edge repeat the band at the edge.
+    ``images`` has the shape (batch, n_mels, n_frames). A clip is rotated in time: what leaves at its end
+    comes in at its start. Mel bands that come in from beyond the edge repeat the band at the edge.
     """
-    if not (config.time_shift or config.stretch or config.mel_shift):
+    if not (config.time_shift or config.stretch or config.mel_shift or config.crop < 1):
         return images
     n_clips, n_mels, n_frames = images.shape
+    n_kept = max(1, round(config.crop * n_frames))
     draw = torch.rand(3, n_clips, 1, device=images.device)
-    if config.time_shift or config.stretch:
-        start = draw[0] * n_frames * config.time_shift
+    if config.time_shift or config.stretch or n_kept < n_frames:
+        start = (draw[0] * (n_frames if config.time_shift else n_frames - n_kept + 1)).floor()
         speed = 1 + config.stretch * (2 * draw[1] - 1)
-        frames = (start + speed * torch.arange(n_frames, device=images.device)).long() % n_frames
+        frames = (start + speed * torch.arange(n_kept, device=images.device)).long() % n_frames
         images = images.gather(2, frames[:, None, :].expand(-1, n_mels, -1))
     if config.mel_shift:
         shift = ((2 * config.mel_shift + 1) * draw[2]).long() - config.mel_shift
         bands = (torch.arange(n_mels, device=images.device) + shift).clamp(0, n_mels - 1)
-        images = images.gather(1, bands[:, :, None].expand(-1, -1, n_frames))
+        images = images.gather(1, bands[:, :, None].expand(-1, -1, images.shape[2]))
     return images
 
 

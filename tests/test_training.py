@@ -27,6 +27,7 @@ from fma_nb.project import FmaNbError, project_root, spectrogram_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB
 from fma_nb.training import (
     LOG_COLUMNS,
+    MovingAverage,
     RunFiles,
     TrainConfig,
     augment,
@@ -36,7 +37,6 @@ from fma_nb.training import (
     load_checkpoint,
     load_model,
     lr_factor,
-    moving_average,
     predict_logits,
     read_log,
     resolve_device,
@@ -164,13 +164,20 @@ def test_evaluation_changes_nothing_and_drops_nothing(pack: Pack, trained: dict[
 
 
 def test_a_young_average_forgets_faster() -> None:
-    rule = moving_average(0.9)
-    old, new = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])
-    for n, kept in ((1, 2 / 11), (2, 3 / 12), (70, 71 / 80), (80, 81 / 90), (81, 0.9), (10_000, 0.9)):
-        for n_averaged in (n, torch.tensor(n)):
-            torch.testing.assert_close(rule(old, new, n_averaged), kept * old + (1 - kept) * new)
-    counted = rule(torch.tensor(3), torch.tensor(4), 1)  # batches that a normalisation has seen
-    assert counted == 4 and counted.dtype == torch.long
+    network = torch.nn.BatchNorm1d(1)
+    average = MovingAverage(network, 0.3)
+    expected = 0.0
+    for n in range(6):
+        with torch.no_grad():
+            network.weight.fill_(n * n)
+            network.num_batches_tracked.fill_(n)
+        average.update(network)
+        kept = min(0.3, (1 + n) / (10 + n)) if n else 0.0
+        expected = kept * expected + (1 - kept) * n * n
+        assert average.module.weight.item() == pytest.approx(expected)
+        assert int(average.module.num_batches_tracked) == n
+    assert average.n_updates == 6
+    assert network.weight.item() == 25
 
 
 @pytest.mark.parametrize("decay", [0.2, 0.995])
@@ -759,6 +766,17 @@ def test_nothing_is_warped_without_being_asked_for() -> None:
     others = TrainConfig(gain=5.0, freq_mask=0.3, time_mask=0.3, mixup=0.3)
     for config in (TrainConfig(), others):
         assert torch.equal(warp(images, config), images)
+
+
+@pytest.mark.parametrize("time_shift", [True, False])
+def test_a_crop_is_a_stretch_of_each_clip_from_a_random_start(time_shift: bool) -> None:
+    frames, _ = warped(crop=0.4, time_shift=time_shift)
+    assert frames.shape == (64, 20)
+    torch.testing.assert_close(frames, (frames[:, :1] + torch.arange(20)) % 50)
+    wraps = (frames.diff(dim=1) < 0).any(dim=1)
+    assert wraps.any() if time_shift else not wraps.any()
+    starts = set(frames[:, 0].tolist())
+    assert starts <= set(range(50 if time_shift else 31)) and len(starts) > 15
 
 
 def test_shifting_rotates_every_clip_on_its_own() -> None:
