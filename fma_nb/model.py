@@ -13,6 +13,7 @@ Classification", ICASSP 2017.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -242,6 +243,66 @@ def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options
     if name not in MODELS:
         raise FmaNbError(f"model={name!r} is unknown: choose one of {', '.join(MODELS)}.")
     return CRNN(n_classes, n_mels, **CRNN_VARIANTS[name], **options)
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer gives, and how much of the spectrogram a single number of it has seen.
+
+    Attributes
+    ----------
+    name
+        The layer in words.
+    shape
+        Of its output for one clip: (channels, mel bands, frames), (steps, features) or (classes,).
+    field
+        Receptive field in (mel bands, frames) of the input; None once everything has been seen.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    field: tuple[int, int] | None
+
+
+def trace_layers(model: nn.Module, n_mels: int, n_frames: int) -> list[LayerTrace]:
+    """Send a clip through a model; return its convolutions (with their pooling), GRU and linear layer.
+
+    The receptive field r and the distance j of neighbours in the input grow with every kernel k and
+    stride s as r + (k - 1) j and j s (A. Araujo et al.: "Computing Receptive Fields of Convolutional Neural
+    Networks", Distill 2019).
+    """
+    traces: list[LayerTrace] = []
+    field, jump = [1, 1], [1, 1]
+
+    def note(layer: nn.Module, _: Any, output: Any) -> None:
+        shape = tuple((output[0] if isinstance(output, tuple) else output).shape[1:])
+        if not isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+            traces.append(LayerTrace(type(layer).__name__, shape, None))
+            return
+        kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
+        for axis in (0, 1):
+            field[axis] += (kernel[axis] - 1) * jump[axis]
+            jump[axis] *= stride[axis]
+        name = f"{kernel[0]} × {kernel[1]}"
+        if isinstance(layer, nn.MaxPool2d):
+            name = f"{traces.pop().name}, pool {name}"
+        elif stride != (1, 1):
+            name += f", stride {stride[0]}"
+        traces.append(LayerTrace(name, shape, (field[0], field[1])))
+
+    kinds = nn.Conv2d | nn.MaxPool2d | nn.RNNBase | nn.Linear
+    hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, kinds)]
+    training = model.training
+    with torch.inference_mode():
+        model.eval()(torch.zeros(1, 1, n_mels, n_frames))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return traces
+
+
+def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def count_parameters(model: nn.Module) -> int:

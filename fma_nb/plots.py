@@ -6,6 +6,7 @@ Each function draws on an ``Axes`` it is given, labels it in units, and returns 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import librosa
@@ -16,6 +17,7 @@ import pandas as pd
 import soundfile as sf
 from IPython.display import HTML, Audio
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.metrics import confusion_matrix
@@ -23,6 +25,7 @@ from sklearn.metrics import confusion_matrix
 from fma_nb.audio import Samples
 from fma_nb.evaluation import Estimate
 from fma_nb.metadata import GENRES
+from fma_nb.model import LayerTrace
 from fma_nb.project import SPLITS
 from fma_nb.spectrogram import Decibels, GreyImage
 
@@ -190,6 +193,18 @@ def spectrogram_image(ax: Axes, image: npt.NDArray[np.float32], seconds: float, 
     return ax
 
 
+def saliency_map(
+    ax: Axes, support: npt.NDArray[np.float32], seconds: float, n_mels: int, title: str = ""
+) -> Axes:
+    """Draw how much each block [shape=(n_rows, n_columns)] supports an answer: red for, blue against."""
+    largest = float(np.abs(support).max()) or 1.0
+    extent = (0, seconds, 0, n_mels)
+    ax.imshow(support, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", extent=extent)
+    ax.set(xlabel="time (s)", ylabel="mel band", title=title)
+    ax.grid(False)
+    return ax
+
+
 def genre_counts(ax: Axes, tracks: pd.DataFrame) -> Axes:
     """Draw how many tracks each genre has in training, validation (lighter) and test (lightest)."""
     counts = pd.crosstab(tracks["genre"], tracks["split"])[::-1]
@@ -203,6 +218,62 @@ def genre_counts(ax: Axes, tracks: pd.DataFrame) -> Axes:
     ax.grid(axis="y", visible=False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+def network_diagram(
+    ax: Axes, traces: Sequence[LayerTrace], image: npt.NDArray[np.float32], genres: Sequence[str]
+) -> Axes:
+    """Draw the path of one clip [shape=(n_mels, n_frames)] through a network, a box a layer.
+
+    A box is as high and wide as the square roots of the mel bands and frames that the layer gives. Above it
+    stands the layer, below it the shape and the receptive field of one number; the largest receptive field
+    is outlined in the clip.
+    """
+    n_mels, n_frames = image.shape
+    height, width = _drawn_size(n_mels, n_frames)
+    _draw_clip(ax, image, max(trace.field for trace in traces if trace.field))
+    _label_box(ax, width / 2, "clip", f"1 × {n_mels} × {n_frames}")
+    left = width + 0.35
+    for trace in traces:
+        height, width = _drawn_size(*(trace.shape[1:] if len(trace.shape) == 3 else (1, trace.shape[0])))
+        if len(trace.shape) == 1:
+            _draw_genres(ax, left, genres)
+        else:
+            color = "#F0E442" if trace.field is None else "#9DBFD9"
+            ax.add_patch(Rectangle((left, -height / 2), width, height, facecolor=color, edgecolor="#333333"))
+        seen = "sees all" if trace.field is None else f"sees {trace.field[0]} × {trace.field[1]}"
+        shape = " × ".join(map(str, trace.shape))
+        _label_box(ax, left + width / 2, trace.name.replace(", ", "\n"), f"{shape}\n{seen}")
+        left += max(width, 0.9) + 0.35
+    ax.set(xlim=(-0.1, left + 0.2), ylim=(-1.05, 1.05), aspect="equal")
+    ax.axis("off")
+    return ax
+
+
+def _drawn_size(n_bands: int, n_frames: int) -> tuple[float, float]:
+    return math.sqrt(n_bands) / 10, math.sqrt(n_frames) / 10
+
+
+def _draw_clip(ax: Axes, image: npt.NDArray[np.float32], field: tuple[int, int]) -> None:
+    """Draw the clip, and in its middle the outline of a receptive field."""
+    height, width = _drawn_size(*image.shape)
+    extent = (0, width, -height / 2, height / 2)
+    ax.imshow(image, extent=extent, cmap="magma", aspect="auto")
+    seen = [min(1, n / whole) for n, whole in zip(field, image.shape, strict=True)]
+    corner = (width / 2 * (1 - seen[1]), -height / 2 * seen[0])
+    ax.add_patch(Rectangle(corner, width * seen[1], height * seen[0], fill=False, edgecolor="white"))
+
+
+def _draw_genres(ax: Axes, left: float, genres: Sequence[str]) -> None:
+    for i, genre in enumerate(genres):
+        bottom = (len(genres) / 2 - 1 - i) * 0.15
+        ax.add_patch(Rectangle((left, bottom), 0.12, 0.12, color=genre_color(genre)))
+        ax.text(left + 0.17, bottom + 0.06, genre, va="center", fontsize=6.5)
+
+
+def _label_box(ax: Axes, middle: float, above: str, below: str) -> None:
+    ax.text(middle, 0.7, above, ha="center", va="bottom", fontsize=7.5)
+    ax.text(middle, -0.7, below, ha="center", va="top", fontsize=7.5, linespacing=1.4)
 
 
 def waveform(ax: Axes, samples: Samples, sample_rate: int, color: str) -> Axes:

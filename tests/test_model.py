@@ -21,6 +21,7 @@ from fma_nb.model import (
     build_model,
     count_parameters,
     time_average,
+    trace_layers,
 )
 from fma_nb.project import FmaNbError
 
@@ -345,3 +346,38 @@ def test_crnn_refuses_what_it_does_not_know(options: dict[str, str]) -> None:
 def test_the_baseline_has_no_options() -> None:
     with pytest.raises(FmaNbError, match="no options: width"):
         build_model("baseline", 8, 128, 128, width=2.0)
+
+
+@pytest.mark.parametrize("name", ["baseline", "crnn"])
+def test_the_receptive_field_is_what_reaches_a_number(name: str) -> None:
+    """A pixel that is not a number spoils exactly those numbers that have seen it."""
+    network = build_model(name, 8, 128, 128).eval()
+    field = [trace.field for trace in trace_layers(network, 128, 128) if trace.field][-1]
+    for axis, size in enumerate(field):
+        x = torch.zeros(128, 1, 128, 128)
+        middle = torch.full((128,), 64)
+        place = [torch.arange(128), middle] if axis == 0 else [middle, torch.arange(128)]
+        x[torch.arange(128), 0, place[0], place[1]] = torch.nan
+        with torch.inference_mode():
+            features = network.features(x)
+        centre = features[:, 0, features.shape[2] // 2, features.shape[3] // 2]
+        assert int(centre.isnan().sum()) == size
+
+
+def test_the_trace_names_every_layer_and_leaves_the_model_as_it_was() -> None:
+    network = build_model("crnn", 8, 128, 64)
+    traces = trace_layers(network, 128, 64)
+    assert [trace.name for trace in traces] == [
+        "5 × 5, stride 2",
+        "3 × 3, pool 2 × 2",
+        "3 × 3",
+        "3 × 3, pool 2 × 1",
+        "3 × 3, pool 2 × 1",
+        "3 × 3",
+        "GRU",
+        "Linear",
+    ]
+    assert [trace.shape for trace in traces[-3:]] == [(192, 8, 16), (16, 256), (8,)]
+    assert [trace.field for trace in traces[-2:]] == [None, None]
+    assert network.training
+    assert not any(layer._forward_hooks for layer in network.modules())
