@@ -1,6 +1,6 @@
 # fma-nb: every target sets up what it needs in .venv, from nothing but Python >= 3.11 and make.
 .DEFAULT_GOAL := run
-.PHONY: run test lab data notebooks lint clean help
+.PHONY: run test lab data notebooks check-notebooks lint clean help
 
 PYTHON  ?= python3
 DATASET ?= fma_mini
@@ -37,12 +37,15 @@ data: $(READY) ## download FMA's metadata and FMA-Small (7.2 GiB), resumable, ve
 notebooks: $(READY) ## execute the notebooks in place on fma_mini, so that their outputs can be committed
 	$(BIN)/python tests/refresh_notebooks.py
 
+check-notebooks: $(READY) ## are the committed outputs those that `make notebooks` gives here?
+	$(BIN)/python tests/refresh_notebooks.py --check
+
 clean: ## remove outputs and the synthetic dataset; keep .venv and downloaded data
 	find outputs -mindepth 1 -not -name README.md -delete
 	rm -rf data/raw/fma_mini data/raw/fma_mini_metadata data/spectrograms/fma_mini-*
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(READY): pyproject.toml

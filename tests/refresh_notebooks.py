@@ -1,11 +1,16 @@
 """``make notebooks``: execute the notebooks in place on fma_mini, and keep only what may be committed.
 
+``make check-notebooks`` (``--check``) executes copies, and fails where an output differs from the
+committed one in more than the seconds that a training took. That holds on the kind of processor that the
+outputs were made on; elsewhere the last digits of a training differ.
+
 A folder of its own takes the outputs, so that a user's runs are left alone. Time stamps, widget states
 and the name of the machine's interpreter are stripped; the kernel stays the plain ``python3``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -20,15 +25,38 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def refresh(path: Path) -> None:
-    """Execute one notebook and write it back."""
+def executed(path: Path) -> nbformat.NotebookNode:
+    """Execute a notebook; return it with only what may be committed."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, kernel_name="python3", resources=where).execute()
     strip(notebook)
-    nbformat.write(notebook, path)
+    return notebook
+
+
+def refresh(path: Path) -> bool:
+    """Execute one notebook and write it back."""
+    nbformat.write(executed(path), path)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB", flush=True)
+    return True
+
+
+def check(path: Path) -> bool:
+    """Execute a copy of one notebook; tell whether its outputs are the committed ones."""
+    pairs = zip(nbformat.read(path, as_version=4).cells, executed(path).cells, strict=True)
+    changed = [i for i, (old, new) in enumerate(pairs) if without_seconds(old) != without_seconds(new)]
+    print(f"{path.name}: {f'other outputs in cells {changed}' if changed else 'the same'}", flush=True)
+    return not changed
+
+
+def without_seconds(cell: nbformat.NotebookNode) -> str:
+    """Return a cell's outputs as text, without the seconds that its trainings took."""
+    outputs = json.dumps(cell.get("outputs", []), sort_keys=True)
+    outputs = re.sub(r"(?<=in )[\d.]+ s\b|\d+ s a seed", "SECONDS", outputs)
+    if "seconds a seed" not in outputs:
+        return outputs
+    rows = re.sub(r"T_[0-9a-f]{8}", "", outputs)
+    return re.sub(r'"text/plain": ("(?:\\.|[^"])*"|\[.*?\])|<td>\d+</td>(?=\\n\s*</tr>)', "", rows)
 
 
 def strip(notebook: nbformat.NotebookNode) -> None:
@@ -62,14 +90,15 @@ def steady(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return output
 
 
-def main() -> None:
-    """Refresh the notebooks whose numbers are given, or all."""
-    chosen = [p for p in sorted(NOTEBOOKS.glob("0*.ipynb")) if not sys.argv[1:] or p.name[:2] in sys.argv[1:]]
+def main() -> int:
+    """Refresh or check the notebooks whose numbers are given, or all."""
+    given = [argument for argument in sys.argv[1:] if argument != "--check"]
+    chosen = [p for p in sorted(NOTEBOOKS.glob("0*.ipynb")) if not given or p.name[:2] in given]
+    work = check if "--check" in sys.argv else refresh
     with tempfile.TemporaryDirectory() as outputs:
         os.environ.setdefault("FMA_NB_OUTPUTS", outputs)
-        for path in chosen:
-            refresh(path)
+        return 0 if all([work(path) for path in chosen]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
