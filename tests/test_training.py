@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -338,6 +340,44 @@ def test_a_killed_run_goes_on_to_the_same_files(
     assert epochs_in(killed) == [0, 1, 2, 3]
     columns = [c for c in LOG_COLUMNS if c != "seconds"]
     pd.testing.assert_frame_equal(read_log(killed.log)[columns], read_log(straight.log)[columns])
+
+
+TRAINING_SCRIPT = KILLED_SCRIPT.replace("sys.addaudithook(kill)", 'print("started", flush=True)')
+
+
+def start_training(config: TrainConfig, data: Path, folder: Path) -> subprocess.Popen[str]:
+    """Start a training in a process of its own; return when it is about to begin."""
+    folder.mkdir(exist_ok=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", TRAINING_SCRIPT, "", "0", str(torch.get_num_threads()), repr(asdict(config))],
+        cwd=folder,
+        env=os.environ | {"FMA_NB_DATA": str(data), "PYTHONPATH": str(project_root())},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None and child.stdout.readline() == "started\n"
+    return child
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_weights(
+    data: Path, tmp_path: Path, times: int
+) -> None:
+    config = replace(CRNN, epochs=4 * times)
+    begun = time.perf_counter()
+    undisturbed = start_training(config, data, tmp_path / "undisturbed")
+    assert undisturbed.wait(600) == 0
+    seconds = time.perf_counter() - begun
+
+    moments, n_killed = random.Random(0), 0
+    while n_killed < times:
+        child = start_training(config, data, tmp_path / "killed")
+        time.sleep(moments.uniform(0, 0.5 * seconds / times))
+        child.kill()
+        n_killed += child.wait() == -signal.SIGKILL
+    assert start_training(config, data, tmp_path / "killed").wait(600) == 0
+
+    assert checkpoints(files_in(tmp_path / "killed")) == checkpoints(files_in(tmp_path / "undisturbed"))
 
 
 def copy_of(files: RunFiles, folder: Path) -> RunFiles:
