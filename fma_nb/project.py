@@ -66,7 +66,7 @@ def spectrogram_dir(dataset: str, preset: str) -> Path:
 def run_dir(run: str) -> Path:
     """Return the folder of one run's notebooks, checkpoints, logs, metrics, figures and report.
 
-    The runs of an ablation lie below it: ``fma_small/ablation/no_mixup``.
+    The runs of an ablation lie below it: ``fma_small/ablation/no_gru``.
     """
     parts = run.split("/ablation/")
     if any(not part or part in (".", "..") or Path(part).name != part for part in parts):

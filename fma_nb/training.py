@@ -178,19 +178,19 @@ def default_config(model: str) -> TrainConfig:
         return TrainConfig(model)
     return TrainConfig(
         model,
-        epochs=40,
+        epochs=80,
         lr=2e-3,
         optimizer="adamw",
         weight_decay=0.05,
         warmup=0.15,
         label_smoothing=0.1,
         time_shift=True,
+        crop=0.5,
         stretch=0.2,
         mel_shift=3,
         gain=5.0,
         freq_mask=0.15,
         time_mask=0.15,
-        mixup=0.3,
         ema=0.995,
     )
 

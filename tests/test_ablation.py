@@ -43,7 +43,6 @@ QUICK = {
     "batch_size": "2",
     "lr": "0.01",
     "ema": "0",
-    "mixup": "0",
     "mel_shift": "0",
     "freq_mask": "0",
     "seed": "3",
@@ -96,13 +95,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lstm": {"model": "crnn_lstm"},
     "one_way": {"model": "crnn_one_way"},
     "shuffled": {"model": "crnn_shuffled"},
+    "no_crop": {"crop": 1.0, "epochs": 40},
     "no_time_shift": {"time_shift": False},
     "no_stretch": {"stretch": 0},
     "no_mel_shift": {"mel_shift": 0},
     "no_gain": {"gain": 0},
     "no_warp": {"stretch": 0, "mel_shift": 0, "gain": 0},
     "no_masks": {"freq_mask": 0, "time_mask": 0},
-    "no_mixup": {"mixup": 0},
     "no_label_smoothing": {"label_smoothing": 0},
     "no_weight_decay": {"weight_decay": 0},
     "no_schedule": {"warmup": None},
@@ -110,6 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mean_pooling": {"pooling": "mean"},
     "no_band_norm": {"band_norm": False},
     "half_width": {"width": 0.5},
+    "mixup": {"mixup": 0.3},
     "baseline_with_recipe": {"model": "baseline"},
 }
 
@@ -163,6 +163,7 @@ def test_plain_rows_train_as_the_baseline_does(row: str, model: str) -> None:
     config = row_config(row, default_config("crnn"))
     assert config == replace(default_config("baseline"), model=model)
     assert config.optimizer == "adam" and config.warmup is None and not config.time_shift
+    assert config.crop == 1
     assert config.stretch == config.gain == config.freq_mask == config.mixup == config.ema == 0
 
 
