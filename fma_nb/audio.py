@@ -20,6 +20,7 @@ import soxr
 
 CLIP_SECONDS = 30.0
 MIN_SECONDS = 5.0
+TOLERATED_LOSS = 1.0  # s; encoders and decoders disagree about some frames at both ends
 
 Samples = npt.NDArray[np.float32]
 
@@ -70,7 +71,7 @@ def load_clip(
     seconds
         How much to read at most. A longer file, however long, costs no more memory than this.
     min_seconds
-        The shortest excerpt that is still worth classifying.
+        The shortest excerpt that is still worth classifying; 0 takes whatever is left of a broken file.
 
     Returns
     -------
@@ -80,11 +81,16 @@ def load_clip(
     Raises
     ------
     UnreadableClipError
-        When the file cannot be decoded, is too short, or is digital silence.
+        When the file cannot be decoded, is too short, holds less than its header promises, or is digital
+        silence.
     """
-    stereo, native_rate = _decode(path, offset, seconds)
-    if len(stereo) < min_seconds * native_rate:
-        raise UnreadableClipError(f"too short ({len(stereo) / native_rate:.1f} s)")
+    stereo, native_rate, promised = _decode(path, offset, seconds)
+    decoded = len(stereo) / native_rate
+    if decoded < min_seconds:
+        raise UnreadableClipError(f"too short ({decoded:.1f} s)")
+    if min_seconds and decoded < promised - TOLERATED_LOSS:
+        # Its frames would stand for another length of time than those of every other clip.
+        raise UnreadableClipError(f"cut off ({decoded:.1f} s of {promised:.1f} s)")
     samples = to_mono(stereo)
     if not np.isfinite(samples).all():
         raise UnreadableClipError("decodes to numbers that are not finite")
@@ -157,11 +163,14 @@ def to_mono(channels: Samples) -> Samples:
     return functools.reduce(np.add, channels.T) / np.float32(channels.shape[1])
 
 
-def _decode(path: Path, offset: float, seconds: float) -> tuple[Samples, int]:
+def _decode(path: Path, offset: float, seconds: float) -> tuple[Samples, int, float]:
+    """Return samples, their rate in Hz, and the seconds that the header had promised."""
     with _open(path) as file:
-        if offset:
-            file.seek(min(int(offset * file.samplerate), file.frames))
-        return _read(file, int(seconds * file.samplerate)), file.samplerate
+        start = min(int(offset * file.samplerate), file.frames)
+        if start:
+            file.seek(start)
+        samples = _read(file, int(seconds * file.samplerate))
+        return samples, file.samplerate, min(seconds, (file.frames - start) / file.samplerate)
 
 
 def _open(path: Path) -> sf.SoundFile:

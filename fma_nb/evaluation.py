@@ -108,11 +108,25 @@ def train_and_evaluate(
     return metrics
 
 
+def chosen_split(dataset: str, evaluation_split: str) -> str:
+    """Return ``val`` or ``test``.
+
+    An empty choice means test for a synthetic dataset and val for a real one, whose test split is opened on
+    purpose or not at all.
+
+    Raises
+    ------
+    FmaNbError
+        When the choice is another one.
+    """
+    if evaluation_split not in ("", *EVALUATION_SPLITS):
+        raise FmaNbError(f"evaluation_split={evaluation_split!r} is unknown: choose val or test.")
+    return evaluation_split or ("test" if dataset in SYNTHETIC_DATASETS else "val")
+
+
 def evaluation_splits(pack: Pack, evaluation_split: str) -> tuple[str, ...]:
     """Return the splits to evaluate on, or raise `FmaNbError` when one is unknown or empty."""
-    if evaluation_split not in EVALUATION_SPLITS:
-        raise FmaNbError(f"evaluation_split={evaluation_split!r} is unknown: choose val or test.")
-    splits = ("val",) if evaluation_split == "val" else ("val", "test")
+    splits = ("val",) if chosen_split(pack.dataset, evaluation_split) == "val" else ("val", "test")
     for split in splits:
         pack.split(split)
     return splits
@@ -274,14 +288,14 @@ def _result_row(name: str, metrics: Metrics) -> dict[str, Any]:
     return row
 
 
-def result_summary(found: dict[str, Metrics]) -> pd.DataFrame:
+def result_summary(found: dict[str, Metrics], splits: Sequence[str] = EVALUATION_SPLITS) -> pd.DataFrame:
     """Return `result_table` as texts to show: one row a model, accuracies as ``0.701 ± 0.012``."""
-    return pd.DataFrame([_summary_row(row) for row in result_table(found).to_dict("records")])
+    return pd.DataFrame([_summary_row(row, splits) for row in result_table(found).to_dict("records")])
 
 
-def _summary_row(row: dict[str, Any]) -> dict[str, str]:
+def _summary_row(row: dict[str, Any], splits: Sequence[str]) -> dict[str, str]:
     shown = {"model": row["model"]}
-    for split in EVALUATION_SPLITS:
+    for split in splits:
         if f"{split}_accuracy" in row:
             spread = "" if pd.isna(row[f"{split}_std"]) else f" ± {row[f'{split}_std']:.3f}"
             shown[f"{split} accuracy"] = f"{row[f'{split}_accuracy']:.3f}{spread}"
@@ -334,11 +348,17 @@ def bootstrap_accuracy(correct: pd.DataFrame, groups: Sequence[int], *, n_resamp
 
 
 def paired_difference(
-    correct: pd.DataFrame, baseline: pd.DataFrame, groups: Sequence[int], *, n_resamples: int = 5000
+    correct: pd.DataFrame,
+    baseline: pd.DataFrame,
+    groups: Sequence[int],
+    *,
+    same_networks: bool = False,
+    n_resamples: int = 5000,
 ) -> Estimate:
     """Estimate how much more accurate one model is than another on the same tracks.
 
-    Each resample draws the same tracks for both models, by group, and seeds for each on its own.
+    Each resample draws the same tracks for both models, by group, and seeds for each on its own; or the
+    same seeds for both, where rows of equal number are the same trained network under two conditions.
 
     Raises
     ------
@@ -349,7 +369,10 @@ def paired_difference(
         raise FmaNbError("a paired comparison needs predictions for the same tracks, in one order.")
     rng = np.random.default_rng(0)
     tracks = _resampled_tracks(groups, n_resamples, rng)
-    resampled = _resampled_means(correct, tracks, rng) - _resampled_means(baseline, tracks, rng)
+    if same_networks:
+        resampled = _resampled_means(correct - baseline.to_numpy(), tracks, rng)
+    else:
+        resampled = _resampled_means(correct, tracks, rng) - _resampled_means(baseline, tracks, rng)
     return _estimate(float(correct.to_numpy().mean() - baseline.to_numpy().mean()), resampled)
 
 

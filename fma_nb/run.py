@@ -20,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from papermill.exceptions import PapermillExecutionError
 
 from fma_nb.dataset import load_pack, scan_pngs
-from fma_nb.evaluation import EVALUATION_SPLITS, evaluation_splits
+from fma_nb.evaluation import chosen_split, evaluation_splits
 from fma_nb.metadata import load_index
 from fma_nb.mini import make_fma_mini
 from fma_nb.project import (
@@ -143,8 +143,7 @@ def _check_values(given: dict[str, Any]) -> None:
     training = {key: given[key] for key in ("epochs", "batch_size", "lr") if key in given}
     replace(TrainConfig(), **training)
     resolve_device(given["device"], given.get("gpu_memory_fraction", 1.0))
-    if given.get("evaluation_split", "val") not in EVALUATION_SPLITS:
-        raise FmaNbError(f"evaluation_split={given['evaluation_split']!r} is unknown: choose val or test.")
+    chosen_split(given["dataset"], given.get("evaluation_split", ""))
     if given.get("n_seeds", 1) < 1:
         raise FmaNbError(f"n_seeds={given['n_seeds']} must be at least 1.")
 
@@ -154,7 +153,7 @@ def _check_data(request: RunRequest, names: Sequence[str], parameters: dict[str,
         load_index(request.dataset)
     if "02_spectrograms" not in names and names[-1] not in _NEEDS_AUDIO:
         pack = load_pack(request.dataset, request.preset)
-        evaluation_splits(pack, parameters.get("evaluation_split", "val"))
+        evaluation_splits(pack, parameters.get("evaluation_split", ""))
 
 
 def _checked_kernel(name: str) -> str:

@@ -178,14 +178,13 @@ def default_config(model: str) -> TrainConfig:
         return TrainConfig(model)
     return TrainConfig(
         model,
-        epochs=80,
+        epochs=40,
         lr=2e-3,
         optimizer="adamw",
         weight_decay=0.05,
         warmup=0.15,
         label_smoothing=0.1,
         time_shift=True,
-        crop=0.5,
         stretch=0.2,
         mel_shift=3,
         gain=5.0,

@@ -95,7 +95,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lstm": {"model": "crnn_lstm"},
     "one_way": {"model": "crnn_one_way"},
     "shuffled": {"model": "crnn_shuffled"},
-    "no_crop": {"crop": 1.0, "epochs": 40},
     "no_time_shift": {"time_shift": False},
     "no_stretch": {"stretch": 0},
     "no_mel_shift": {"mel_shift": 0},
@@ -110,6 +109,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no_band_norm": {"band_norm": False},
     "half_width": {"width": 0.5},
     "mixup": {"mixup": 0.3},
+    "crop": {"crop": 0.5},
+    "longer": {"epochs": 80},
     "baseline_with_recipe": {"model": "baseline"},
 }
 

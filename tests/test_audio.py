@@ -100,14 +100,18 @@ def test_a_wav_with_the_wrong_name_is_still_audio(tmp_path: Path) -> None:
     np.testing.assert_allclose(samples, channels.mean(axis=1), atol=1e-6)
 
 
-def test_a_cut_mp3_gives_what_is_left_of_it(tmp_path: Path, stereo_mp3: Path) -> None:
+def test_a_cut_mp3_is_refused_but_gives_what_is_left_of_it_when_asked(
+    tmp_path: Path, stereo_mp3: Path
+) -> None:
     whole = stereo_mp3.read_bytes()
     path = tmp_path / "cut.mp3"
-    path.write_bytes(whole[: int(len(whole) * 0.97)])
+    path.write_bytes(whole[: int(len(whole) * 0.75)])
     expected, _ = load_clip(stereo_mp3)
-    samples, _ = load_clip(path)
-    assert 5 * 44_100 <= len(samples) < len(expected)
-    np.testing.assert_allclose(samples[: 5 * 44_100], expected[: 5 * 44_100], atol=1e-4)
+    with pytest.raises(UnreadableClipError, match=r"(cut off|too short) \(\d\.\d s"):
+        load_clip(path, min_seconds=2.0)
+    samples, _ = load_clip(path, min_seconds=0)
+    assert 3 * 44_100 <= len(samples) < len(expected)
+    np.testing.assert_allclose(samples[: 3 * 44_100], expected[: 3 * 44_100], atol=1e-4)
 
 
 def write_text(path: Path, _: Path) -> None:
