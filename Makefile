@@ -28,8 +28,13 @@ lint: $(READY) ## ruff over code and notebooks, mypy over the package
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lab: $(READY) ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks/01_eda.ipynb
+# The start page is the README: shown, not edited, and no question about news beside it.
+LAB_SETTINGS = {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}, \
+  "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
+
+lab: $(READY) ## JupyterLab; its start page leads to the notebooks
+	@mkdir -p $(VENV)/lab && echo '$(LAB_SETTINGS)' > $(VENV)/lab/overrides.json
+	$(BIN)/jupyter lab --LabApp.app_settings_dir="$(CURDIR)/$(VENV)/lab" --LabApp.default_url=/lab/tree/README.md
 
 data: $(READY) ## download FMA's metadata and FMA-Small (7.2 GiB), resumable, verified
 	$(BIN)/fma-nb download metadata small

@@ -7,21 +7,33 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import nbformat
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from PIL import Image
+from pygments.formatters import HtmlFormatter
 
-from fma_nb.evaluation import result_summary
+from fma_nb.evaluation import (
+    EVALUATION_SPLITS,
+    Estimate,
+    Metrics,
+    artist_groups,
+    correct_matrix,
+    paired_difference,
+    result_summary,
+)
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 
+_TEMPLATES = Path(__file__).parent
 _SHOWN_CONFIG = ("dataset", "preset", "device", "date", "fingerprint")
+_COMPARED = (("crnn", "baseline"), ("crnn", "crnn_no_gru"))
+_PIXEL_RATIO = 1.6  # dots of a stored figure for one of the page: labels stay readable, and sharp
 
 
 def save_figure(figure: Figure, run: str, name: str, caption: str) -> None:
@@ -46,14 +58,18 @@ def write_report(run: str) -> Path:
     report_dir = folder / "report"
     pages = [_write_page(path, report_dir) for path in notebooks]
     metrics = [json.loads(path.read_text()) for path in sorted((folder / "metrics").glob("*.json"))]
-    template = jinja2.Template(_template(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = template.render(
+    found = {m["model"]: m for m in metrics}
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
+    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = templates.get_template("report.html.j2").render(
         run=run,
         pages=pages,
-        results=_results(metrics),
+        results=_results(found),
+        differences=list(_differences(found)),
         synthetic=any(m["synthetic"] for m in metrics),
         figures=list(_figures(folder / "figures")),
         facts=_facts(metrics),
+        settings=_settings(found),
     )
     index = report_dir / "index.html"
     with atomic_path(index) as temporary:
@@ -61,30 +77,83 @@ def write_report(run: str) -> Path:
     return index
 
 
-def _template() -> str:
-    return (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-
-
 def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
-    """Convert an executed notebook to HTML unless its page is newer; return its link and title."""
-    page = report_dir / f"{path.stem}.html"
+    """Convert an executed notebook to HTML; return its link and title."""
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
-    if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                cell.source = cell.source.replace(".ipynb)", ".html)")
-        # Empty addresses: no script is fetched from outside, and the notebooks need none.
-        exporter = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="", embed_images=True)
-        html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
-        with atomic_path(page) as temporary:
-            temporary.write_text(html, encoding="utf-8")
+    _describe_images(notebook.cells)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace(".ipynb)", ".html)")
+    exporter = HTMLExporter(
+        template_name="basic",
+        template_file="notebook.html.j2",
+        extra_template_paths=[str(_TEMPLATES)],
+        embed_images=True,
+        exclude_anchor_links=True,
+    )
+    resources = {"metadata": {"name": title}, "code_style": _code_style()}
+    html, _ = exporter.from_notebook_node(notebook, resources)
+    page = report_dir / f"{path.stem}.html"
+    with atomic_path(page) as temporary:
+        temporary.write_text(html, encoding="utf-8")
     return {"href": page.name, "title": title}
 
 
-def _results(metrics: list[dict[str, Any]]) -> list[dict[str, str]]:
-    found = {MODEL_NAMES.get(m["model"], m["model"]): m for m in metrics}
-    return result_summary(found).to_dict("records")
+def _describe_images(cells: list[nbformat.NotebookNode]) -> None:
+    """Give each picture its alternative text: the caption after it, else what announces it.
+
+    A caption stands in italics at the start of the next text cell.
+    """
+    texts = [cell.source if cell.cell_type == "markdown" else "" for cell in cells]
+    for i, cell in enumerate(cells):
+        caption = re.match(r"\*(.+?)\*(?=\s|$)", next(filter(None, texts[i:]), ""), re.DOTALL)
+        before = next(filter(None, reversed(texts[:i])), "Figure")
+        alt = caption[1] if caption else before.split("\n\n")[-1]
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.metadata["image/png"] = {"alt": " ".join(re.sub(r"[*`#]", "", alt).split())}
+
+
+def _code_style() -> str:
+    """Return the colours of code on the light and on the dark page: styles that keep WCAG's contrast."""
+    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("xcode", "lightbulb"))
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _results(found: dict[str, Metrics]) -> list[dict[str, str]]:
+    named = {_shown_name(model): metrics for model, metrics in found.items()}
+    return result_summary(named).to_dict("records")
+
+
+def _differences(found: dict[str, Metrics]) -> Iterator[dict[str, str]]:
+    """Answer the report's question: who is ahead on the same clips, by how much, and how surely."""
+    for pair in _COMPARED:
+        if any(model not in found for model in pair):
+            continue
+        ours, theirs = (found[model] for model in pair)
+        split = next(split for split in reversed(EVALUATION_SPLITS) if split in ours["labels"])
+        if ours["labels"] != theirs["labels"]:
+            continue
+        correct = correct_matrix(ours, split)
+        artists = artist_groups(ours["dataset"], list(correct.columns))
+        estimate = paired_difference(correct, correct_matrix(theirs, split), artists)
+        yield {
+            "names": " − ".join(map(_shown_name, pair)),
+            "split": split,
+            "estimate": str(estimate).replace("-", "−"),
+            "verdict": _verdict(estimate),
+        }
+
+
+def _verdict(estimate: Estimate) -> str:
+    if estimate.low > 0:
+        return "ahead"
+    return "behind" if estimate.high < 0 else "cannot be told apart"
+
+
+def _shown_name(model: str) -> str:
+    return MODEL_NAMES.get(model, model)
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:
@@ -96,18 +165,22 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
         yield {
             "src": f"data:image/png;base64,{data}",
             "caption": caption,
-            "width": str(width // 2),
-            "height": str(height // 2),
+            "width": str(round(width / _PIXEL_RATIO)),
+            "height": str(round(height / _PIXEL_RATIO)),
         }
 
 
-def _facts(metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _facts(metrics: list[Metrics]) -> list[tuple[str, str]]:
     if not metrics:
         return []
     first = metrics[0]
     facts = [(key, str(first[key])) for key in _SHOWN_CONFIG]
-    facts += [(f"{name} version", version) for name, version in first["versions"].items()]
-    return facts + [
-        (f"{m['model']} configuration", ", ".join(f"{k} {v}" for k, v in m["config"].items() if k != "model"))
-        for m in metrics
-    ]
+    return facts + [(f"{name} version", version) for name, version in first["versions"].items()]
+
+
+def _settings(found: dict[str, Metrics]) -> dict[str, list[str]]:
+    """Return the training configurations: the names of the models, then a row a setting."""
+    configs = [metrics["config"] for metrics in found.values()]
+    names = {name: None for config in configs for name in config if name != "model"}
+    rows = {name: [str(config.get(name, "")) for config in configs] for name in names}
+    return {"setting": [_shown_name(model) for model in found]} | rows

@@ -8,12 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import soundfile as sf
@@ -21,6 +27,8 @@ import torch
 from PIL import Image
 
 from fma_nb.metadata import GENRES
+from fma_nb.mini import make_fma_mini
+from fma_nb.project import project_root
 
 _COLUMNS_BY_GROUP = {
     "album": """comments date_created date_released engineer favorites id information listens producer tags
@@ -154,6 +162,15 @@ def assert_one_sentence(error: BaseException, *names: object) -> None:
         assert str(name) in text, f"{name!r} is not in {text!r}"
 
 
+def assert_clean_progress(notebook: nbformat.NotebookNode) -> None:
+    """Each piece of work shows one line of progress, which says in the end how long it took."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
+    assert not re.findall(r"^.*(?:: starting|\d s left|\d%\|).*$", shown, re.MULTILINE)
+    finished = re.findall(r"^(.+): \d+ \w+ in [\d.]+ s$", shown, re.MULTILINE)
+    assert len(finished) == len(set(finished)), finished
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Work this small is faster on one thread, and much faster while other programs keep the cores busy."""
@@ -206,6 +223,37 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Pat
     return {
         (rate, n): write_mp3(folder / f"{rate}_{n}.mp3", music(rate, rate, n), rate) for rate, n in FORMATS
     }
+
+
+def fma_nb(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "fma_nb", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """The main job, done once for all tests: where its outputs lie, how it ended, how to call it again."""
+
+    outputs: Path
+    done: subprocess.CompletedProcess[str]
+    again: Callable[[], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """All five notebooks on fma_mini, one epoch and one seed, in a folder of their own."""
+    data, outputs = project_root() / "data", tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMA_NB_DATA", str(data))
+        make_fma_mini()
+    command = ("run", "--run", "tiny", "--device", "cpu", "-p", "epochs", "1", "-p", "n_seeds", "1")
+    run = partial(fma_nb, *command, FMA_NB_DATA=str(data), FMA_NB_OUTPUTS=str(outputs))
+    return WholeRun(outputs, run(), run)
 
 
 @pytest.fixture(scope="session")

@@ -161,6 +161,20 @@ def test_the_fingerprint_does_not_depend_on_the_place() -> None:
     assert load_pack("fma_mini", "full").fingerprint != first
 
 
+def test_the_fingerprint_tells_of_a_label_alone(folder: Path) -> None:
+    """A track changes its genre, and all tracks stay in the order in which they are packed."""
+    for split, first in (("train", 1), ("val", 5)):
+        for track_id, genre in enumerate(("Pop", "Pop", "Rock", "Rock"), first):
+            path = folder / split / genre / f"{track_id:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (32, 32), track_id).save(path)
+    before = load()
+    (folder / "train" / "Pop" / "000002.png").rename(folder / "train" / "Rock" / "000002.png")
+    after = load()
+    np.testing.assert_array_equal(after.split("train").images, before.split("train").images)
+    assert after.fingerprint != before.fingerprint
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b'{"version": 1}', b"\xff\xfe\x00"])
 def test_a_damaged_record_is_rebuilt(folder: Path, tree: Tree, content: bytes | None) -> None:
     first = load().fingerprint

@@ -20,6 +20,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from fma_nb.dataset import SpectrogramDataset, load_pack, make_loader
 from fma_nb.evaluation import (
+    McNemar,
     artist_groups,
     bootstrap_accuracy,
     correct_matrix,
@@ -164,6 +165,19 @@ def test_predictions_are_the_best_checkpoints(run: tuple[Tree, dict[str, Any]]) 
             predict_logits(n, make_loader(SpectrogramDataset(split), 16), CPU)[0] for n in networks
         )
         assert not torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("run")
+def test_the_best_checkpoint_is_evaluated_and_not_the_last() -> None:
+    """Validation calls each genre by the name of the next: the more is learned, the worse it gets there."""
+    pack = load_pack("fma_small", "compact")
+    val = pack.split("val")
+    turned = replace(pack, splits=pack.splits | {"val": replace(val, labels=(val.labels + 1) % 8)})
+    config = replace(CONFIGS["baseline"], epochs=8, lr=3e-3)
+    result = train_and_evaluate(config, turned, "turned", CPU, progress=False)["seeds"][0]
+    log = read_log(run_files("turned", "baseline", config.seed, config.seed).log).set_index("epoch")
+    assert result["val"]["accuracy"] == pytest.approx(log["val_accuracy"].max())
+    assert log["val_accuracy"].max() > log["val_accuracy"].iloc[-1]  # else this test would show little
 
 
 def test_what_is_finished_is_not_trained_again(run: tuple[Tree, dict[str, Any]]) -> None:
@@ -385,6 +399,12 @@ def test_mcnemar_by_hand(only_first: int, only_second: int) -> None:
     assert (result.only_first, result.only_second) == (only_first, only_second)
     assert result.p_value == pytest.approx(exact_binomial(only_first, only_first + only_second))
     assert mcnemar(second, first).p_value == pytest.approx(result.p_value)
+
+
+def test_mcnemar_counts_every_clip() -> None:
+    for clip in np.eye(5):
+        assert mcnemar(clip, np.zeros(5)) == McNemar(1, 0, 1.0)
+        assert mcnemar(np.zeros(5), clip) == McNemar(0, 1, 1.0)
 
 
 def test_mcnemar_needs_the_same_clips() -> None:

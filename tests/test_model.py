@@ -56,6 +56,14 @@ def test_a_model_takes_other_lengths_than_it_was_made_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_clips_of_a_batch_do_not_know_of_each_other(name: str) -> None:
+    model, x = build(name, n_mels=64, n_frames=64).eval(), spectrograms(5, 64, 64)
+    with torch.inference_mode():
+        alone = torch.cat([model(clip[None]) for clip in x])
+        torch.testing.assert_close(model(x), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_logits(name: str) -> None:
     logits = build(name, n_mels=64, n_frames=64).eval()(spectrograms(16, 64, 64))
     assert (logits < 0).any()
@@ -281,6 +289,21 @@ def test_band_norm_takes_the_level_and_the_spread_out_of_every_mel_band() -> Non
             model = crnn("none", band_norm=band_norm).train()  # statistics of the batch
             changed = (model.sequence(x * (0.5 + spread) + level) - model.sequence(x)).abs().max()
             assert (changed < 0.01) == band_norm
+
+
+def test_batch_normalisation_remembers_a_tenth_of_every_batch() -> None:
+    model = crnn("none").train()
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d)]
+    means: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
+    for norm in norms:
+        norm.register_forward_hook(
+            lambda norm, inputs, _: means[norm].append(inputs[0].transpose(0, 1).flatten(1).mean(1))
+        )
+    for seed in range(2):
+        model(spectrograms(8, 32, 40, seed))
+    assert len(norms) == 1 + len(CHANNELS)
+    for norm, (first, second) in means.items():
+        torch.testing.assert_close(norm.running_mean, 0.09 * first + 0.1 * second, rtol=1e-4, atol=1e-6)
 
 
 def numbered_frames(n_clips: int = 3, n_mels: int = 4, n_frames: int = 40) -> Tensor:

@@ -2,13 +2,16 @@
 
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
-from fma_nb import model, training
+from fma_nb import dataset, model, training
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("0*.ipynb"))
 
@@ -92,3 +95,31 @@ def test_the_crnn_of_notebook_04_is_the_packages(name, n_hidden):
     ours = kind(5, 128, n_hidden)
     theirs = model.build_model(name, 5, 128, 64)
     assert same_network(ours, theirs, torch.rand(2, 1, 128, 64))
+
+
+def seeded_baseline():
+    training.seed_everything(1)
+    network = model.build_model("baseline", 3, 32, 32)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    constant = LambdaLR(optimizer, lambda _: 1.0)
+    return SimpleNamespace(model=network, optimizer=optimizer, scheduler=constant, average=None)
+
+
+def test_the_loop_of_notebook_03_is_the_packages():
+    namespace = {"torch": torch, "F": F, "ds": dataset}
+    path = next(p for p in NOTEBOOKS if p.name.startswith("03"))
+    for function in ("def train_one_epoch(", "def evaluate("):
+        exec(next(c.source for c in code_cells(path) if function in c.source), namespace)
+    images = torch.randint(0, 256, (10, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.arange(10) % 3
+    batches = [(images[:6], labels[:6]), (images[6:], labels[6:])]
+
+    ours = seeded_baseline()
+    trained = namespace["train_one_epoch"](ours.model, batches, ours.optimizer)
+    judged = namespace["evaluate"](ours.model.train(), batches)
+    theirs, cpu = seeded_baseline(), torch.device("cpu")
+    config = training.TrainConfig(bfloat16=False)
+    assert trained == pytest.approx(training.train_epoch(theirs, config, 0, batches, cpu))
+    assert judged == pytest.approx(training.score_loader(theirs.model.train(), batches, cpu, bfloat16=False))
+    for name, value in ours.model.state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[name]), name

@@ -1,43 +1,20 @@
 """The main job and the command line, run as a user runs them."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import nbformat
 import pytest
+from conftest import assert_clean_progress, fma_nb
 
-from fma_nb.mini import make_fma_mini
 from fma_nb.project import FmaNbError, project_root
-from fma_nb.run import RunRequest, notebook_parameters, run_notebooks
-
-
-def fma_nb(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "fma_nb", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """All five notebooks on fma_mini, one epoch and one seed, in a folder of their own."""
-    os.environ["FMA_NB_DATA"] = str(project_root() / "data")  # undone when the module's tests are over
-    make_fma_mini()
-    outputs = tmp_path_factory.mktemp("outputs")
-    command = ("run", "--run", "tiny", "--device", "cpu", "-p", "epochs", "1", "-p", "n_seeds", "1")
-    return outputs, command, fma_nb(*command, FMA_NB_OUTPUTS=str(outputs))
+from fma_nb.run import NOTEBOOKS, RunRequest, notebook_parameters, run_notebooks
 
 
 def test_the_main_job_ends_with_a_report(whole_run):
-    outputs, _, done = whole_run
-    assert done.returncode == 0, done.stderr
-    index = outputs / "tiny" / "report" / "index.html"
-    assert str(index) in done.stdout.splitlines()[-1]
+    assert whole_run.done.returncode == 0, whole_run.done.stderr
+    index = whole_run.outputs / "tiny" / "report" / "index.html"
+    assert str(index) in whole_run.done.stdout.splitlines()[-1]
     html = index.read_text()
     assert "Synthetic data" in html and "CRNN without GRU" in html
     linked = re.findall(r'href="(0\d_\w+\.html)"', html)
@@ -46,14 +23,13 @@ def test_the_main_job_ends_with_a_report(whole_run):
 
 
 def test_the_pages_fetch_nothing_from_outside(whole_run):
-    outputs, _, _ = whole_run
-    for page in (outputs / "tiny" / "report").glob("*.html"):
+    for page in (whole_run.outputs / "tiny" / "report").glob("*.html"):
         fetched = re.findall(r'(?:src|<link[^>]*href)="?(https?:[^" >]+)', page.read_text())
         assert not fetched, (page.name, fetched[:3])
 
 
 def test_checkpoints_logs_and_metrics_are_written(whole_run):
-    folder = whole_run[0] / "tiny"
+    folder = whole_run.outputs / "tiny"
     for model in ("baseline", "crnn", "crnn_no_gru"):
         assert (folder / "checkpoints" / f"{model}_best.pt").exists()
         assert (folder / "checkpoints" / f"{model}_last.pt").exists()
@@ -63,22 +39,29 @@ def test_checkpoints_logs_and_metrics_are_written(whole_run):
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.partial.ipynb"))
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_progress_is_shown_once_and_left_finished(name, whole_run):
+    executed = whole_run.outputs / "tiny" / "notebooks" / f"{name}.ipynb"
+    assert_clean_progress(nbformat.read(executed, as_version=4))
+
+
 def test_a_second_run_does_nothing_and_a_lost_result_is_made_again(whole_run):
-    outputs, command, _ = whole_run
-    again = fma_nb(*command, FMA_NB_OUTPUTS=str(outputs))
+    again = whole_run.again()
     assert again.returncode == 0 and again.stdout.count("up to date") == 5
-    (outputs / "tiny" / "metrics" / "crnn.json").unlink()
-    mended = fma_nb(*command, FMA_NB_OUTPUTS=str(outputs))
+    metrics = whole_run.outputs / "tiny" / "metrics" / "crnn.json"
+    metrics.unlink()
+    mended = whole_run.again()
     assert mended.returncode == 0, mended.stderr
     assert mended.stdout.count("up to date") >= 3 and "04_crnn: running" in mended.stdout
-    assert (outputs / "tiny" / "metrics" / "crnn.json").exists()
+    assert metrics.exists()
 
 
 def test_a_failing_cell_stops_the_run_and_is_named(whole_run, monkeypatch):
-    outputs, _, _ = whole_run
+    outputs = whole_run.outputs
     damaged = outputs / "damaged" / "metrics"
     damaged.mkdir(parents=True)
     (damaged / "baseline.json").write_text("{}")
+    monkeypatch.setenv("FMA_NB_DATA", str(project_root() / "data"))
     monkeypatch.setenv("FMA_NB_OUTPUTS", str(outputs))
     with pytest.raises(
         FmaNbError, match=r"05_comparison failed in cell \d+: FmaNbError: .*baseline"

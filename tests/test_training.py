@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from fma_nb.training import (
     run_files,
     score_loader,
     seeds,
+    train_epoch,
     warp,
 )
 
@@ -133,6 +135,58 @@ def test_the_best_checkpoint_is_the_best_row_of_the_log(
     )
 
 
+def test_the_best_checkpoint_is_chosen_on_validation_alone(pack: Pack, tmp_path: Path) -> None:
+    """Validation calls each genre by the name of the next: the more is learned, the worse it gets there."""
+    val = pack.split("val")
+    turned = replace(pack, splits=pack.splits | {"val": replace(val, labels=(val.labels + 1) % 8)})
+    files = train(replace(BASELINE, epochs=8, lr=3e-3), turned, tmp_path)
+    log = read_log(files.log).set_index("epoch")
+    on_train, on_val = (
+        log.sort_values([f"{split}_accuracy", f"{split}_loss"], ascending=[False, True]).index[0]
+        for split in ("train", "val")
+    )
+    assert on_train != on_val  # else this test would show little
+    assert load_checkpoint(files.best)["epoch"] == on_val
+    judged = evaluate(load_model(files.best, "baseline", turned, CPU), turned, "val", CPU)
+    assert judged["accuracy"] == pytest.approx(log["val_accuracy"][on_val])
+    assert log["val_accuracy"].iloc[-1] < 0.5 < log["train_accuracy"].iloc[-1]
+
+
+@pytest.mark.parametrize(
+    "recipe", [{}, {"label_smoothing": 0.1}, {"mixup": 0.3}, {"mixup": 0.3, "label_smoothing": 0.2}]
+)
+def test_an_epoch_is_the_one_made_by_hand(recipe: dict[str, float]) -> None:
+    """Two steps of plain gradient descent on cross-entropy against the smoothed and mixed labels."""
+    images, labels = batch(8)
+    batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
+    config = TrainConfig(bfloat16=False, **recipe)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40 * 50, 8))
+    weight, bias = (p.detach().clone().requires_grad_() for p in network[1].parameters())
+
+    random.seed(0)
+    total, n_right = 0.0, 0
+    for one in batches:
+        inputs, partner, share = augment(*one, config)
+        logits = inputs.flatten(1) @ weight.T + bias
+        wanted = share * torch.eye(8)[one[1]] + (1 - share) * torch.eye(8)[partner]
+        wanted = (1 - config.label_smoothing) * wanted + config.label_smoothing / 8
+        loss = -(wanted * logits.log_softmax(1)).sum(1).mean()
+        for parameter, slope in zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True):
+            parameter.data -= 0.01 * slope
+        total += loss.item() * len(inputs)
+        n_right += int((logits.argmax(1) == one[1]).sum())
+
+    random.seed(0)
+    descent = torch.optim.SGD(network.parameters(), lr=0.01)
+    constant = torch.optim.lr_scheduler.LambdaLR(descent, lambda _: 1.0)
+    state: Any = SimpleNamespace(model=network, optimizer=descent, scheduler=constant, average=None)
+    loss, accuracy = train_epoch(state, config, 0, batches, CPU)
+    assert (loss, accuracy) == pytest.approx((total / 8, n_right / 8), rel=1e-5)
+    torch.testing.assert_close(network[1].weight, weight)
+    torch.testing.assert_close(network[1].bias, bias)
+
+
 def test_accuracy_counts_clips_not_batches(pack: Pack, tmp_path: Path) -> None:
     """48 clips in batches of 20, 20 and 8: a mean of batch means would weigh the last ones too much."""
     log = read_log(train(replace(BASELINE, epochs=4), pack, tmp_path).log)
@@ -160,6 +214,16 @@ def test_evaluation_changes_nothing_and_drops_nothing(pack: Pack, trained: dict[
     assert labels.tolist() == pack.split("val").labels.tolist()
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_clip_is_evaluated_on_its_own(pack: Pack, trained: dict[str, RunFiles]) -> None:
+    """Neither what is random in training nor the other clips of a batch have a part in its logits."""
+    for model, files in trained.items():
+        network, val = load_model(files.best, model, pack, CPU), SpectrogramDataset(pack.split("val"))
+        logits, _ = predict_logits(network, make_loader(val, 24), CPU, bfloat16=False)
+        with torch.inference_mode():
+            alone = torch.cat([network(to_input(image[None])) for image in val.images])
+        torch.testing.assert_close(logits, alone, rtol=1e-3, atol=1e-4)
 
 
 # ----- the moving average of the weights -----
@@ -250,6 +314,12 @@ def test_a_second_run_gives_the_same_files(pack: Pack, tmp_path: Path, config: T
     other = train(replace(config, seed=1), pack, tmp_path / "three")
     for mine, theirs in zip(weights(first), weights(other), strict=True):
         assert not torch.equal(mine, theirs)
+
+
+def test_every_epoch_draws_anew(pack: Pack, tmp_path: Path) -> None:
+    """Nothing is learned: only what is drawn (order, warps, masks, dropout) can change the loss."""
+    log = read_log(train(replace(CRNN, lr=1e-12, epochs=4), pack, tmp_path).log)
+    assert np.diff(np.sort(log["train_loss"])).min() > 1e-5
 
 
 def weights(files: RunFiles) -> list[torch.Tensor]:
@@ -816,7 +886,9 @@ def test_a_crop_is_a_stretch_of_each_clip_from_a_random_start(time_shift: bool) 
     wraps = (frames.diff(dim=1) < 0).any(dim=1)
     assert wraps.any() if time_shift else not wraps.any()
     starts = set(frames[:, 0].tolist())
-    assert starts <= set(range(50 if time_shift else 31)) and len(starts) > 15
+    for seed in range(1, 9):
+        starts |= set(warped(seed, crop=0.4, time_shift=time_shift)[0][:, 0].tolist())
+    assert starts == set(range(50 if time_shift else 31))  # every start occurs, the last one too
 
 
 def test_shifting_rotates_every_clip_on_its_own() -> None:

@@ -1,0 +1,683 @@
+"""Would the tests notice? Mistakes made in a copy of the project, and the test that fails then.
+
+``pytest -m mutation tests/test_mutations.py`` makes them one by one (``-k hop``: only some) and prints
+``caught n of m``, in minutes. What is quick runs with all other tests: every mistake must still fit the code.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mutation_run import run_tests
+
+from fma_nb.mini import make_fma_mini
+from fma_nb.project import project_root
+
+COPIED = ("fma_nb", "notebooks", "tests", "pyproject.toml")
+TESTS_FAILED = 1  # pytest's exit status; any other one but 0 says that the tests could not be run
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A text of a file, which must occur there once, what stands there by mistake, and what notices."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+
+
+MISTAKES = [
+    # ----- metadata and the synthetic dataset -----
+    Mistake(
+        "val and test swapped",
+        "fma_nb/metadata.py",
+        '"validation": "val", "test": "test"',
+        '"validation": "test", "test": "val"',
+        "tests/test_metadata.py::test_subsets_are_nested",
+    ),
+    Mistake(
+        "artists in two splits accepted",
+        "fma_nb/metadata.py",
+        "shared = splits.index[splits > 1]",
+        "shared = splits.index[splits > len(SPLITS)]",
+        "tests/test_metadata.py::test_damaged_metadata_is_one_clear_sentence",
+    ),
+    Mistake(
+        "tracks instead of artists dealt to the splits",
+        "fma_nb/mini.py",
+        "split=_split_of(artist, config.artists_per_genre)",
+        "split=_split_of(place % config.artists_per_genre, config.artists_per_genre)",
+        "tests/test_mini.py::test_artists_never_cross_splits",
+    ),
+    Mistake(
+        "duplicates in the index accepted",
+        "fma_nb/metadata.py",
+        'if rows["track_id"].duplicated().any():',
+        "if rows.duplicated(INDEX_COLUMNS[:2]).all():",
+        "tests/test_metadata.py::test_genres_outside_the_eight_belong_to_larger_sets",
+    ),
+    Mistake(
+        "broken clips kept because ids are compared with texts",
+        "fma_nb/metadata.py",
+        "if track_id in ERRATA:",
+        "if str(track_id) in ERRATA:",
+        "tests/test_metadata.py::test_broken_clips_are_dropped_and_told",
+    ),
+    Mistake(
+        "subsets not nested",
+        "fma_nb/metadata.py",
+        '"fma_medium": ("small", "medium")',
+        '"fma_medium": ("medium",)',
+        "tests/test_metadata.py::test_subsets_are_nested",
+    ),
+    # ----- audio -----
+    Mistake(
+        "left channel instead of the mean",
+        "fma_nb/audio.py",
+        "return functools.reduce(np.add, channels.T) / np.float32(channels.shape[1])",
+        "return channels[:, 0]",
+        "tests/test_audio.py::test_channels_are_averaged",
+    ),
+    Mistake(
+        "resampling skipped",
+        "fma_nb/audio.py",
+        'return soxr.resample(samples, rate, wanted, quality="HQ"), wanted',
+        "return samples, wanted",
+        "tests/test_audio.py::test_resampling_is_librosas",
+    ),
+    Mistake(
+        "truncated clips filled up with zeros",
+        "fma_nb/audio.py",
+        'raise UnreadableClipError(f"cut off ({decoded:.1f} s of {promised:.1f} s)")',
+        "stereo = np.pad(stereo, ((0, round((promised - decoded) * native_rate)), (0, 0)))",
+        "tests/test_audio.py::test_a_cut_mp3_is_refused_but_gives_what_is_left_of_it_when_asked",
+    ),
+    # ----- spectrogram -----
+    Mistake(
+        "wrong hop",
+        "fma_nb/spectrogram.py",
+        "hop_length: int = 512",
+        "hop_length: int = 511",
+        "notebooks/02_spectrograms.ipynb",
+    ),
+    Mistake(
+        "HTK's mel scale instead of Slaney's",
+        "fma_nb/spectrogram.py",
+        "edges = _mel_to_hz(np.linspace(0, _hz_to_mel(sample_rate / 2), n_mels + 2))[:, None]",
+        "edges = 700 * (np.geomspace(1, 1 + sample_rate / 1400, n_mels + 2)[:, None] - 1)",
+        "tests/test_spectrogram.py::test_the_filter_bank_is_librosas_and_torchaudios",
+    ),
+    Mistake(
+        "mel filters of equal height instead of equal area",
+        "fma_nb/spectrogram.py",
+        "np.maximum(triangles, 0) * 2 / (upper - lower)",
+        "np.maximum(triangles, 0)",
+        "tests/test_spectrogram.py::test_the_filter_bank_is_librosas_and_torchaudios",
+    ),
+    Mistake(
+        "frames not centred",
+        "fma_nb/spectrogram.py",
+        "padded = np.pad(samples, preset.n_fft // 2)",
+        "padded = samples",
+        "tests/test_spectrogram.py::test_thirty_seconds_have_1292_frames",
+    ),
+    Mistake(
+        "decibels relative to 1 instead of the clip's maximum",
+        "fma_nb/spectrogram.py",
+        "reference = float(power.max())",
+        "reference = 1.0",
+        "tests/test_spectrogram.py::test_volume_does_not_matter",
+    ),
+    Mistake(
+        "reference from the kept frames only",
+        "fma_nb/spectrogram.py",
+        "reference = float(power.max())",
+        "reference = float(power[:, frame_indices(power.shape[1], preset)].max())",
+        "tests/test_spectrogram.py::test_the_reference_is_the_maximum_of_all_frames",
+    ),
+    Mistake(
+        "power taken for amplitude",
+        "fma_nb/spectrogram.py",
+        "db = 10 * np.log10(",
+        "db = 20 * np.log10(",
+        "tests/test_spectrogram.py::test_images_equal_librosas",
+    ),
+    Mistake(
+        "flipped frequency axis",
+        "fma_nb/spectrogram.py",
+        "grey = (db[::-1] + DYNAMIC_RANGE_DB)",
+        "grey = (db + DYNAMIC_RANGE_DB)",
+        "notebooks/02_spectrograms.ipynb",
+    ),
+    Mistake(
+        "compact frames taken from the start of their stretches",
+        "fma_nb/spectrogram.py",
+        "((np.arange(preset.n_frames) + 0.5) * n_frames",
+        "(np.arange(preset.n_frames) * n_frames",
+        "tests/test_spectrogram.py::test_thirty_seconds_have_1292_frames",
+    ),
+    # ----- dataset -----
+    Mistake(
+        "labels sorted differently",
+        "fma_nb/dataset.py",
+        'genres = sorted(set(rows["genre"]))\n    digest',
+        'genres = sorted(set(rows["genre"]), key=str.lower)\n    digest',
+        "tests/test_dataset.py::test_labels_are_in_alphabetical_order",
+    ),
+    Mistake(
+        "levels standardised over the batch instead of each track",
+        "fma_nb/dataset.py",
+        "return images.unsqueeze(1).float().div_(255)",
+        "return (images.unsqueeze(1).float() - images.float().mean()) / images.float().std()",
+        "tests/test_dataset.py::test_grey_levels_become_numbers_from_0_to_1",
+    ),
+    Mistake(
+        "a stale pack used although PNGs have changed",
+        "fma_nb/dataset.py",
+        'if record is None or record["state"] != _state_hash(rows):',
+        "if record is None:",
+        "tests/test_dataset.py::test_the_pack_follows_the_pngs",
+    ),
+    Mistake(
+        "a fingerprint of pixels without labels",
+        "fma_nb/dataset.py",
+        'digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())',
+        'digest.update(f"{row.track_id}/{row.split}".encode())',
+        "tests/test_dataset.py::test_the_fingerprint_tells_of_a_label_alone",
+    ),
+    Mistake(
+        "shorter clips filled up with silence",
+        "fma_nb/dataset.py",
+        "return np.tile(image, repeats)[:, :width]",
+        "return np.pad(image, ((0, 0), (0, width - image.shape[1])))",
+        "tests/test_dataset.py::test_a_shorter_clip_is_repeated",
+    ),
+    Mistake(
+        "images in another order than their labels",
+        "fma_nb/dataset.py",
+        "return self.images[chosen], self.labels[chosen]",
+        "return self.images[chosen.sort().values], self.labels[chosen]",
+        "tests/test_dataset.py::test_batches_equal_single_clips",
+    ),
+    # ----- model -----
+    Mistake(
+        "softmax inside the network",
+        "fma_nb/model.py",
+        "return self.classifier(x.flatten(1))",
+        "return self.classifier(x.flatten(1)).softmax(1)",
+        "tests/test_model.py::test_outputs_are_logits",
+    ),
+    Mistake(
+        "GRU read at its last step only",
+        "fma_nb/model.py",
+        "        mean = sequence.mean(dim=1)\n",
+        "        sequence = sequence[:, -1:]\n        mean = sequence.mean(dim=1)\n",
+        "tests/test_model.py::test_the_gru_is_read_at_every_step",
+    ),
+    Mistake(
+        "GRU of one direction called bidirectional",
+        "fma_nb/model.py",
+        'bidirectional=recurrence != "one_way")',
+        "bidirectional=False)",
+        "tests/test_model.py::test_a_variant_differs_in_one_thing",
+    ),
+    Mistake(
+        "batch and time of the GRU mixed up",
+        "fma_nb/model.py",
+        "return kind(n_in, n_hidden, batch_first=True,",
+        "return kind(n_in, n_hidden, batch_first=False,",
+        "tests/test_model.py::test_clips_of_a_batch_do_not_know_of_each_other",
+    ),
+    Mistake(
+        "dropout left on",
+        "fma_nb/model.py",
+        "return self.classifier(self.dropout(self.embed(sequence)))",
+        "return self.classifier(nn.functional.dropout(self.embed(sequence), self.dropout.p))",
+        "tests/test_model.py::test_the_shuffled_crnn_is_the_crnn_on_shuffled_frames",
+    ),
+    Mistake(
+        "band normalisation over all bands at once",
+        "fma_nb/model.py",
+        "x = self.band_norm(x.squeeze(1)).unsqueeze(1)",
+        "x = (x - x.mean()) / x.std() if isinstance(self.band_norm, nn.BatchNorm1d) else x",
+        "tests/test_model.py::test_band_norm_takes_the_level_and_the_spread_out_of_every_mel_band",
+    ),
+    Mistake(
+        "batch normalisation that remembers the last batch only",
+        "fma_nb/model.py",
+        "nn.BatchNorm2d(n_out),",
+        "nn.BatchNorm2d(n_out, momentum=1.0),",
+        "tests/test_model.py::test_batch_normalisation_remembers_a_tenth_of_every_batch",
+    ),
+    # ----- training -----
+    Mistake(
+        "softmax before cross-entropy",
+        "fma_nb/training.py",
+        "logits = state.model(inputs).float()",
+        "logits = state.model(inputs).float().softmax(1)",
+        "tests/test_training.py::test_an_epoch_is_the_one_made_by_hand",
+    ),
+    Mistake(
+        "gradients of earlier batches kept",
+        "fma_nb/training.py",
+        "        state.optimizer.zero_grad()\n",
+        "",
+        "tests/test_training.py::test_an_epoch_is_the_one_made_by_hand",
+    ),
+    Mistake(
+        "loss of a shorter last batch counted as that of a full one",
+        "fma_nb/training.py",
+        "losses.append(loss.detach() * len(labels))",
+        "losses.append(loss.detach() * config.batch_size)",
+        "tests/test_training.py::test_an_epoch_is_the_one_made_by_hand",
+    ),
+    Mistake(
+        "label smoothing ignored",
+        "fma_nb/training.py",
+        "loss = share * F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)",
+        "loss = share * F.cross_entropy(logits, labels)",
+        "tests/test_training.py::test_the_ingredients_are_used_in_training",
+    ),
+    Mistake(
+        "mixup of images without their labels",
+        "fma_nb/training.py",
+        "F.cross_entropy(logits, partner, label_smoothing=smoothing)",
+        "F.cross_entropy(logits, labels, label_smoothing=smoothing)",
+        "tests/test_training.py::test_an_epoch_is_the_one_made_by_hand",
+    ),
+    Mistake(
+        "mixup on evaluation",
+        "fma_nb/training.py",
+        "parts = [(model(to_input(images)).float(), labels)",
+        "parts = [(model(to_input(images).lerp(to_input(images.roll(1, 0)), 0.3)).float(), labels)",
+        "tests/test_training.py::test_a_clip_is_evaluated_on_its_own",
+    ),
+    Mistake(
+        "eval() missing in evaluation",
+        "fma_nb/training.py",
+        "    model.eval()\n    with torch.inference_mode(), autocast",
+        "    with torch.inference_mode(), autocast",
+        "tests/test_training.py::test_evaluation_changes_nothing_and_drops_nothing",
+    ),
+    Mistake(
+        "validation on the training clips",
+        "fma_nb/training.py",
+        'for name in ("train", "val"))',
+        'for name in ("train", "train"))',
+        "tests/test_training.py::test_the_best_checkpoint_is_chosen_on_validation_alone",
+    ),
+    Mistake(
+        "best checkpoint chosen on train accuracy",
+        "fma_nb/training.py",
+        """            row = _run_epoch(state, config, epoch, train_set, val_loader, device)
+            improved = state.note(row)
+""",
+        """            row = _run_epoch(state, config, epoch, train_set, val_loader, device)
+            judged = {"val_accuracy": row["train_accuracy"], "val_loss": row["train_loss"]}
+            improved = state.note(row | judged)
+            state.val_accuracy = row["val_accuracy"]
+""",
+        "tests/test_training.py::test_the_best_checkpoint_is_chosen_on_validation_alone",
+    ),
+    Mistake(
+        "last epoch kept as the best",
+        "fma_nb/training.py",
+        "            if improved:\n                save_checkpoint(files.best",
+        "            if improved or row:\n                save_checkpoint(files.best",
+        "tests/test_training.py::test_the_best_checkpoint_is_chosen_on_validation_alone",
+    ),
+    Mistake(
+        "seed not set",
+        "fma_nb/training.py",
+        "    torch.manual_seed(mixed)\n",
+        "",
+        "tests/test_training.py::test_a_second_run_gives_the_same_files",
+    ),
+    Mistake(
+        "weights not seeded",
+        "fma_nb/training.py",
+        "    seed_everything(config.seed)\n    n_mels",
+        "    n_mels",
+        "tests/test_training.py::test_a_second_run_gives_the_same_files",
+    ),
+    Mistake(
+        "the same draws in every epoch",
+        "fma_nb/training.py",
+        "seed_everything(config.seed, epoch + 1)",
+        "seed_everything(config.seed)",
+        "tests/test_training.py::test_every_epoch_draws_anew",
+    ),
+    Mistake(
+        "resume that forgets the optimizer",
+        "fma_nb/training.py",
+        '        self.optimizer.load_state_dict(saved["optimizer_state"])\n',
+        "",
+        "tests/test_training.py::test_a_killed_run_goes_on_to_the_same_files",
+    ),
+    Mistake(
+        "resume that forgets the schedule",
+        "fma_nb/training.py",
+        '        self.scheduler.load_state_dict(saved["scheduler_state"])\n',
+        "",
+        "tests/test_training.py::test_a_killed_run_goes_on_to_the_same_files",
+    ),
+    Mistake(
+        "checkpoints of other data gone on from",
+        "fma_nb/training.py",
+        'one["config"] == asdict(config) and one.get("fingerprint") == pack.fingerprint',
+        'one["config"] == asdict(config)',
+        "tests/test_training.py::test_other_data_starts_over",
+    ),
+    Mistake(
+        "averaged weights not evaluated",
+        "fma_nb/training.py",
+        "return self.model if self.average is None else self.average.module",
+        "return self.model",
+        "tests/test_training.py::test_the_average_is_what_is_judged_and_kept",
+    ),
+    Mistake(
+        "BatchNorm statistics left out of the average",
+        "fma_nb/training.py",
+        "averages, weights = self.module.state_dict(), model.state_dict()",
+        "averages, weights = dict(self.module.named_parameters()), dict(model.named_parameters())",
+        "tests/test_training.py::test_the_average_is_the_one_made_by_hand",
+    ),
+    Mistake(
+        "warm-up missing",
+        "fma_nb/training.py",
+        "rise = max(1, round(warmup * n_steps))",
+        "rise = 0",
+        "tests/test_training.py::test_the_learning_rate_rises_and_falls_as_a_cosine",
+    ),
+    Mistake(
+        "schedule never stepped",
+        "fma_nb/training.py",
+        "        state.scheduler.step()\n",
+        "",
+        "tests/test_training.py::test_the_log_tells_the_learning_rate",
+    ),
+    Mistake(
+        "weight decay coupled to the gradient",
+        "fma_nb/training.py",
+        'torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW',
+        "torch.optim.Adam",
+        "tests/test_training.py::test_the_ingredients_are_used_in_training",
+    ),
+    Mistake(
+        "crop outside the clip",
+        "fma_nb/training.py",
+        "n_frames if config.time_shift else n_frames - n_kept + 1",
+        "n_frames",
+        "tests/test_training.py::test_a_crop_is_a_stretch_of_each_clip_from_a_random_start",
+    ),
+    Mistake(
+        "crop that never reaches the end of the clip",
+        "fma_nb/training.py",
+        "n_frames - n_kept + 1",
+        "n_frames - n_kept",
+        "tests/test_training.py::test_a_crop_is_a_stretch_of_each_clip_from_a_random_start",
+    ),
+    Mistake(
+        "time shift along the mel axis",
+        "fma_nb/training.py",
+        "% n_frames\n        images = images.gather(2, frames[:, None, :].expand(-1, n_mels, -1))",
+        "% n_mels\n        images = images.gather(1, frames[:, :n_mels, None].expand(-1, -1, n_frames))",
+        "tests/test_training.py::test_shifting_rotates_every_clip_on_its_own",
+    ),
+    Mistake(
+        "one speed for the whole batch",
+        "fma_nb/training.py",
+        "speed = 1 + config.stretch * (2 * draw[1] - 1)",
+        "speed = 1 + config.stretch * (2 * draw[1, 0] - 1)",
+        "tests/test_training.py::test_stretching_plays_every_clip_at_its_own_speed",
+    ),
+    Mistake(
+        "stretch along the mel axis too",
+        "fma_nb/training.py",
+        "bands = (torch.arange(n_mels, device=images.device) + shift)",
+        "bands = (speed * torch.arange(n_mels, device=images.device) + shift).long()",
+        "tests/test_training.py::test_warps_are_drawn_apart",
+    ),
+    Mistake(
+        "mask over frequency laid over time",
+        "fma_nb/training.py",
+        "torchaudio.transforms.FrequencyMasking(",
+        "torchaudio.transforms.TimeMasking(",
+        "tests/test_training.py::test_masks_blank_one_stretch_of_each_clip",
+    ),
+    Mistake(
+        "colour that fills silence",
+        "fma_nb/training.py",
+        "return torch.where(inputs > 0, inputs + curve[:, None, :, None], 0).clamp_(min=0)",
+        "return (inputs + curve[:, None, :, None]).clamp_(min=0)",
+        "tests/test_training.py::test_colour_leaves_silence_silent",
+    ),
+    # ----- evaluation -----
+    Mistake(
+        "predictions shuffled against track ids",
+        "fma_nb/evaluation.py",
+        "loader = make_loader(SpectrogramDataset(clips, device), 256)",
+        "loader = make_loader(SpectrogramDataset(clips, device), 256, shuffle=True)",
+        "tests/test_evaluation.py::test_scores_follow_from_the_predictions",
+    ),
+    Mistake(
+        "last checkpoint evaluated instead of the best",
+        "fma_nb/evaluation.py",
+        "model = load_model(files.best, config.model, pack, device)",
+        "model = load_model(files.last, config.model, pack, device)",
+        "tests/test_evaluation.py::test_the_best_checkpoint_is_evaluated_and_not_the_last",
+    ),
+    Mistake(
+        "F1 weighted by genre size called macro-F1",
+        "fma_nb/evaluation.py",
+        'average="macro"',
+        'average="weighted"',
+        "tests/test_evaluation.py::test_scores_follow_from_the_predictions",
+    ),
+    Mistake(
+        "a metrics file of another run accepted",
+        "fma_nb/evaluation.py",
+        'for key in ("dataset", "preset", "genres", "fingerprint", "labels"):',
+        'for key in ("dataset", "preset", "genres", "labels"):',
+        "tests/test_evaluation.py::test_metrics_of_other_data_are_refused",
+    ),
+    Mistake(
+        "off by one in McNemar's table",
+        "fma_nb/evaluation.py",
+        "int((a & ~b).sum()), int((~a & b).sum())",
+        "int((a & ~b)[1:].sum()), int((~a & b)[1:].sum())",
+        "tests/test_evaluation.py::test_mcnemar_counts_every_clip",
+    ),
+    Mistake(
+        "recall called precision",
+        "fma_nb/evaluation.py",
+        'table["genre"], table["predicted"], labels=metrics["genres"]',
+        'table["predicted"], table["genre"], labels=metrics["genres"]',
+        "tests/test_evaluation.py::test_genre_report_averages_over_seeds",
+    ),
+    Mistake(
+        "spread of a population instead of a sample",
+        "fma_nb/evaluation.py",
+        "float(np.std(accuracies, ddof=1))",
+        "float(np.std(accuracies))",
+        "tests/test_evaluation.py::test_result_table",
+    ),
+    Mistake(
+        "bootstrap over tracks instead of artists",
+        "fma_nb/evaluation.py",
+        "names, members = np.unique(groups, return_inverse=True)",
+        "names, members = np.unique(np.arange(len(groups)), return_inverse=True)",
+        "tests/test_evaluation.py::test_bootstrap_by_artist_is_wider_when_artists_agree",
+    ),
+    Mistake(
+        "other tracks drawn for each of two paired models",
+        "fma_nb/evaluation.py",
+        "_resampled_means(baseline, tracks, rng)",
+        "_resampled_means(baseline, _resampled_tracks(groups, n_resamples, rng), rng)",
+        "tests/test_evaluation.py::test_a_model_does_not_differ_from_itself",
+    ),
+    Mistake(
+        "folds that tear artists apart",
+        "fma_nb/ablation.py",
+        "cutter.split(train.track_ids, train.labels, groups)",
+        "cutter.split(train.track_ids, train.labels, train.track_ids)",
+        "tests/test_ablation.py::test_tracks_of_one_artist_stay_together",
+    ),
+    Mistake(
+        "temperature multiplied instead of divided",
+        "fma_nb/calibration.py",
+        "scipy.special.softmax(logits / temperature, axis=1)",
+        "scipy.special.softmax(logits * temperature, axis=1)",
+        "tests/test_calibration.py::test_a_temperature_divides_the_logits_and_keeps_the_answer",
+    ),
+    Mistake(
+        "temperature fitted on the test split",
+        "fma_nb/prediction.py",
+        'fit_temperature(*answers(metrics, "val"))',
+        'fit_temperature(*answers(metrics, "test"))',
+        "tests/test_prediction.py::test_the_exported_temperature_is_fitted_on_validation",
+    ),
+    Mistake(
+        "eval() missing in prediction",
+        "fma_nb/prediction.py",
+        "return Classifier(network.eval(), ",
+        "return Classifier(network, ",
+        "tests/test_prediction.py::test_the_shipped_network_is_in_evaluation_mode",
+    ),
+    Mistake(
+        "windows cut from a song at its own sample rate",
+        "fma_nb/prediction.py",
+        "load_windows(Path(path), preset.sample_rate or USUAL_RATE)",
+        "load_windows(Path(path), preset.sample_rate)",
+        "tests/test_prediction.py::test_any_audio_gives_eight_probabilities",
+    ),
+    Mistake(
+        "confusion matrix transposed",
+        "fma_nb/plots.py",
+        'confusion_matrix(table["genre"], table["predicted"]',
+        'confusion_matrix(table["predicted"], table["genre"]',
+        "tests/test_plots.py::test_a_row_of_the_confusion_matrix_is_a_true_genre",
+    ),
+    # ----- notebooks -----
+    Mistake(
+        "decibels relative to 1 in notebook 02",
+        "notebooks/02_spectrograms.ipynb",
+        "np.maximum(mel, 1e-10) / mel.max()",
+        "np.maximum(mel, 1e-10)",
+        "notebooks/02_spectrograms.ipynb",
+    ),
+    Mistake(
+        "artists of test looked up in test in notebook 01",
+        "notebooks/01_eda.ipynb",
+        'return test[\\"artist_id\\"].isin(train[\\"artist_id\\"]).mean()',
+        'return test[\\"artist_id\\"].isin(test[\\"artist_id\\"]).mean()',
+        "notebooks/01_eda.ipynb",
+    ),
+    Mistake(
+        "softmax inside notebook 03's network",
+        "notebooks/03_baseline.ipynb",
+        "return self.classifier(x.flatten(1))",
+        "return self.classifier(x.flatten(1)).softmax(1)",
+        "tests/test_notebooks.py::test_the_baseline_of_notebook_03_is_the_packages",
+    ),
+    Mistake(
+        "eval() missing in notebook 03's evaluation",
+        "notebooks/03_baseline.ipynb",
+        "network.eval()  # dropout off",
+        "network.train()",
+        "tests/test_notebooks.py::test_the_loop_of_notebook_03_is_the_packages",
+    ),
+    Mistake(
+        "GRU read at its last step only in notebook 04",
+        "notebooks/04_crnn.ipynb",
+        "x = torch.cat([x.mean(dim=1), x.amax(dim=1)], dim=1)",
+        "x = torch.cat([x[:, -1], x[:, -1]], dim=1)",
+        "tests/test_notebooks.py::test_the_crnn_of_notebook_04_is_the_packages",
+    ),
+]
+
+
+# ----- quick: the table fits the code -----
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.name)
+def test_the_mistake_can_still_be_made(mistake: Mistake) -> None:
+    root = project_root()
+    assert (root / mistake.file).read_text().count(mistake.old) == 1
+    assert mistake.new != mistake.old
+    file, *test = mistake.caught_by.split("::")
+    assert all(f"def {name}(" in (root / file).read_text() for name in test)
+
+
+def test_no_mistake_stands_in_the_table_twice() -> None:
+    assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES)
+    assert len({(mistake.file, mistake.old, mistake.new) for mistake in MISTAKES}) == len(MISTAKES)
+
+
+# ----- slow: the mistakes are made -----
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``raw/`` folder with fma_mini, which the notebooks read: the project's MP3s, or new ones."""
+    data = tmp_path_factory.mktemp("data")
+    for name in ("fma_mini", "fma_mini_metadata"):
+        if (made := project_root() / "data" / "raw" / name).exists():
+            shutil.copytree(made, data / "raw" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMA_NB_DATA", str(data))
+        make_fma_mini(progress=False)
+    return data / "raw"
+
+
+@pytest.fixture
+def copy(tmp_path: Path, raw: Path) -> Path:
+    """A copy of the project with a ``data/`` and ``outputs/`` of its own."""
+    root = tmp_path.resolve() / "copy"
+    for name in COPIED:
+        original = project_root() / name
+        if original.is_dir():
+            shutil.copytree(original, root / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copy(original, root / name)
+    (root / "data").mkdir()
+    (root / "data" / "raw").symlink_to(raw)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tally(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """What caught each mistake, empty where nothing did; shown at the end."""
+    caught: dict[str, str] = {}
+    yield caught
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *(f"{name}: {test or 'NOT CAUGHT'}" for name, test in caught.items()), sep="\n")
+        print(f"caught {sum(map(bool, caught.values()))} of {len(caught)}")
+
+
+@pytest.mark.mutation
+def test_without_a_mistake_everything_passes(copy: Path) -> None:
+    selections = {mistake.caught_by for mistake in MISTAKES}
+    notebooks = {selection for selection in selections if selection.endswith(".ipynb")}
+    for together in (sorted(selections - notebooks), *([notebook] for notebook in sorted(notebooks))):
+        status, printed = run_tests(copy, *together)
+        assert status == 0, printed
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.name)
+def test_the_mistake_is_caught(mistake: Mistake, copy: Path, tally: dict[str, str]) -> None:
+    path = copy / mistake.file
+    path.write_text(path.read_text().replace(mistake.old, mistake.new))
+    status, printed = run_tests(copy, mistake.caught_by)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, flags=re.MULTILINE)
+    assert status == (TESTS_FAILED if failed else 0), f"pytest ended with {status}:\n{printed}"
+    tally[mistake.name] = failed[0] if failed else ""
+    assert failed, f"{mistake.caught_by} does not notice: {mistake.name}"
