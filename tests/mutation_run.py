@@ -51,6 +51,7 @@ def _run(copy: Path, printed: Path, arguments: list[str]) -> None:
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     for moved in ("FMA_NB_DATA", "FMA_NB_OUTPUTS", "FMA_NB_REAL"):
         os.environ.pop(moved, None)
-    status = pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", *arguments])
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "--basetemp", str(copy / "tmp")]
+    status = pytest.main([*options, *arguments])
     imported = importlib.import_module("fma_nb").__file__
     sys.exit(status if Path(str(imported)).is_relative_to(copy) else NOT_THE_COPY)

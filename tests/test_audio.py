@@ -105,10 +105,10 @@ def test_a_cut_mp3_is_refused_but_gives_what_is_left_of_it_when_asked(
 ) -> None:
     whole = stereo_mp3.read_bytes()
     path = tmp_path / "cut.mp3"
-    path.write_bytes(whole[: int(len(whole) * 0.75)])
+    path.write_bytes(whole[: int(len(whole) * 0.6)])
     expected, _ = load_clip(stereo_mp3)
-    with pytest.raises(UnreadableClipError, match=r"(cut off|too short) \(\d\.\d s"):
-        load_clip(path, min_seconds=2.0)
+    with pytest.raises(UnreadableClipError, match=r"cut off \(\d\.\d s of \d\.\d s\)"):
+        load_clip(path, min_seconds=1.0)
     samples, _ = load_clip(path, min_seconds=0)
     assert 3 * 44_100 <= len(samples) < len(expected)
     np.testing.assert_allclose(samples[: 3 * 44_100], expected[: 3 * 44_100], atol=1e-4)

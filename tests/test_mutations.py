@@ -625,7 +625,7 @@ def test_no_mistake_stands_in_the_table_twice() -> None:
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A ``raw/`` folder with fma_mini, which the notebooks read: the project's MP3s, or new ones."""
     data = tmp_path_factory.mktemp("data")
     for name in ("fma_mini", "fma_mini_metadata"):
@@ -634,11 +634,12 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMA_NB_DATA", str(data))
         make_fma_mini(progress=False)
-    return data / "raw"
+    yield data / "raw"
+    shutil.rmtree(data)
 
 
 @pytest.fixture
-def copy(tmp_path: Path, raw: Path) -> Path:
+def copy(tmp_path: Path, raw: Path) -> Iterator[Path]:
     """A copy of the project with a ``data/`` and ``outputs/`` of its own."""
     root = tmp_path.resolve() / "copy"
     for name in COPIED:
@@ -649,7 +650,8 @@ def copy(tmp_path: Path, raw: Path) -> Path:
             shutil.copy(original, root / name)
     (root / "data").mkdir()
     (root / "data" / "raw").symlink_to(raw)
-    return root
+    yield root
+    shutil.rmtree(root)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+"""The report's pages as files; `test_browser` looks at them in a browser."""
+
+import json
+import re
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+from conftest import assert_one_sentence
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from fma_nb.project import FmaNbError
+from fma_nb.report import save_figure, write_report
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+TRACKS = [str(track_id) for track_id in range(40)]
+
+
+def picture():
+    return new_code_cell("plot()", outputs=[new_output("display_data", {"image/png": PIXEL})])
+
+
+def write_notebook(project, *cells, name="01_eda"):
+    path = project / "outputs" / "a_run" / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · A <first> look"), *cells]), path)
+
+
+def write_metrics(project, model, n_right, labels=None):
+    """Two seeds of a model that is right on the first tracks."""
+    labels = labels or dict.fromkeys(TRACKS, "Folk")
+    predictions = {t: "Folk" if i < n_right else "Rock" for i, t in enumerate(labels)}
+    result = {
+        "accuracy": n_right / len(labels),
+        "macro_f1": 0.5,
+        "predictions": predictions,
+        "probabilities": {track_id: [0.4, 0.6] for track_id in labels},
+    }
+    metrics = {
+        "model": model,
+        "dataset": "fma_small",
+        "synthetic": False,
+        "preset": "compact",
+        "genres": ["Folk", "Rock"],
+        "fingerprint": "f00d",
+        "n_parameters": 1234,
+        "config": {"model": model, "epochs": 3} | ({"lr": 0.1} if model == "crnn" else {}),
+        "device": "CPU",
+        "versions": {"torch": "2.11"},
+        "date": "2026-11-24",
+        "labels": {"val": labels},
+        "seeds": [{"seed": seed, "seconds": 1.0, "val": result} for seed in range(2)],
+    }
+    path = project / "outputs" / "a_run" / "metrics" / f"{model}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics))
+
+
+def test_a_run_without_notebooks_has_no_report(project):
+    with pytest.raises(FmaNbError) as caught:
+        write_report("a_run")
+    assert_one_sentence(caught.value, "a_run", "fma-nb run")
+    assert not (project / "outputs" / "a_run" / "report").exists()
+
+
+def test_pictures_are_described_by_their_caption_or_by_what_announces_them(project):
+    caption = new_markdown_cell("*Loss in `dB`\nby epoch.* Read **this** off it.")
+    announced = new_markdown_cell("## More\n\nThe *same* for Rock:")
+    write_notebook(project, picture(), caption, announced, picture())
+    page = write_report("a_run").with_name("01_eda.html").read_text()
+    assert re.findall(r'alt="([^"]*)"', page) == ["Loss in dB by epoch.", "The same for Rock:"]
+
+
+def test_links_between_notebooks_lead_to_their_pages(project):
+    write_notebook(project, new_markdown_cell("On to [02](02_spectrograms.ipynb)."))
+    page = write_report("a_run").with_name("01_eda.html").read_text()
+    assert 'href="02_spectrograms.html"' in page and "<script" not in page
+    assert "<title>01 · A &lt;first&gt; look</title>" in page
+
+
+def test_a_figure_keeps_its_caption(project):
+    write_notebook(project)
+    figure, _ = plt.subplots()
+    save_figure(figure, "a_run", "01_curve", "Accuracy < chance")
+    plt.close(figure)
+    html = write_report("a_run").read_text()
+    assert html.count("Accuracy &lt; chance") == 2  # what is seen, and what is read out
+
+
+@pytest.mark.parametrize(("n_right", "verdict"), [(36, "ahead"), (20, "cannot be told apart"), (4, "behind")])
+def test_the_question_is_answered_with_an_interval(n_right, verdict, project):
+    write_notebook(project)
+    write_metrics(project, "baseline", 20)
+    write_metrics(project, "crnn", n_right)
+    html = write_report("a_run").read_text()
+    difference = f"{n_right / 40 - 0.5:+.3f}".replace("-", "−")
+    assert f"CRNN − baseline CNN, val accuracy: {difference} [" in html
+    assert f"<strong>{verdict}</strong>" in html and "Synthetic data" not in html
+
+
+def test_models_that_met_other_clips_are_not_compared(project):
+    write_notebook(project)
+    write_metrics(project, "baseline", 20)
+    write_metrics(project, "crnn", 20, dict.fromkeys(TRACKS[:30], "Folk"))
+    html = write_report("a_run").read_text()
+    assert "CRNN −" not in html and "baseline CNN" in html
+
+
+def test_the_settings_of_all_models_stand_side_by_side(project):
+    write_notebook(project)
+    write_metrics(project, "baseline", 20)
+    write_metrics(project, "crnn", 20)
+    html = write_report("a_run").read_text()
+    assert '<th scope="row">epochs</th><td>3</td><td>3</td>' in html
+    assert '<th scope="row">lr</th><td></td><td>0.1</td>' in html
