@@ -301,13 +301,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             stderr=log,
             start_new_session=True,
         )
-        deadline = time.monotonic() + STARTED_S
-        while "</html>" not in "".join(p.read_text() for p in (root / "runtime").glob("*-open.html")):
-            assert server.poll() is None and time.monotonic() < deadline, (root / "lab.log").read_text()
-            time.sleep(0.2)
-        yield root
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        try:
+            deadline = time.monotonic() + STARTED_S
+            while "</html>" not in "".join(p.read_text() for p in (root / "runtime").glob("*-open.html")):
+                assert server.poll() is None and time.monotonic() < deadline, (root / "lab.log").read_text()
+                time.sleep(0.2)
+            yield root
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
 
 
 @contextmanager
