@@ -47,6 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no_weight_decay": {"weight_decay": 0.0},
     "no_schedule": {"warmup": None},
     "no_ema": {"ema": 0.0},
+    "no_dropout": {"dropout": 0.0},
     "mean_pooling": {"pooling": "mean"},
     "no_band_norm": {"band_norm": False},
     "half_width": {"width": 0.5},
@@ -208,15 +209,34 @@ def _part(split: Split, chosen: np.ndarray[Any, Any]) -> Split:
 def cross_validate(
     pack: Pack, run: str, config: TrainConfig, n_folds: int, device: torch.device
 ) -> list[float]:
-    """Train a recipe once for each fold of the training split; return the folds' accuracies.
+    """Train a recipe once for each fold of the training split; write ``folds.csv``, a line a fold.
 
-    They are those of the last epoch: the best one would have been chosen on the fold itself.
+    Returns
+    -------
+    accuracies
+        Of each fold, after the last epoch: the best one would have been chosen on the fold itself.
     """
-    accuracies = []
+    lines, accuracies = [], []
     for i, fold in enumerate(folds(pack, n_folds)):
         print(f"fold {i + 1} of {n_folds}:", flush=True)
         fold_run = _row_run(run, f"fold{i}of{n_folds}")
-        train_and_evaluate(config, fold, fold_run, device)
+        metrics = train_and_evaluate(config, fold, fold_run, device)
         log = read_log(run_files(fold_run, config.model, config.seed, config.seed).log)
         accuracies.append(float(log["val_accuracy"].iloc[-1]))
+        lines.append(
+            {
+                "fold": i,
+                "folds": n_folds,
+                "model": config.model,
+                "seed": config.seed,
+                "epochs": len(log),
+                "train_clips": len(fold.split("train")),
+                "held_out_clips": len(fold.split("val")),
+                "accuracy": round(accuracies[-1], 5),
+                "device": metrics["device"],
+                "date": metrics["date"],
+            }
+        )
+    with atomic_path(run_dir(run) / "folds.csv") as temporary:
+        pd.DataFrame(lines).to_csv(temporary, index=False)
     return accuracies

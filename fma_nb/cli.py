@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fma_nb.project import DATASETS, FmaNbError, project_root
+from fma_nb.project import DATASETS, FmaNbError, project_root, run_dir
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,8 +195,25 @@ def _ablate(options: argparse.Namespace) -> None:
         return
     rows = list(filter(None, options.rows.split(","))) or [*ROWS, *PLAIN_ROWS]
     path = run_ablation(pack, run, rows, base, options.seeds, device)
-    print(ablation_table(run).round(4).to_string(index=False))
+    table = ablation_table(run)
+    print(table.round(4).to_string(index=False))
+    if len(table) > 1:
+        _draw_ablation(run, table)
     print(f"Every training is a line of {_shown(path)}")
+
+
+def _draw_ablation(run: str, table: pd.DataFrame) -> None:
+    import matplotlib.pyplot as plt
+
+    from fma_nb.plots import ablation_plot, use_style
+    from fma_nb.report import save_figure
+
+    use_style()
+    figure, ax = plt.subplots(figsize=(8, 1 + 0.36 * len(table)))
+    ablation_plot(ax, table).set_title("One thing changed (seeds)")
+    caption = "Ablation on validation: change in accuracy with 95 % intervals when one thing is changed."
+    save_figure(figure, run, "11_ablation", caption)
+    print(f"The table is drawn in {_shown(run_dir(run) / 'figures' / '11_ablation.png')}")
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

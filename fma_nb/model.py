@@ -23,13 +23,13 @@ from fma_nb.project import FmaNbError
 
 BASELINE_FRAMES = 256
 
-# The CRNN's convolutions: feature maps, and the pooling over (mel bands, frames) after each but the first,
-# which has a stride of 2 instead. Time is halved twice, the mel bands four times.
-CHANNELS = (32, 64, 96, 128, 128, 192)
+# The CRNN's convolutions: feature maps, and the pooling over (mel bands, frames) after each. The first two
+# have a stride of 2 instead: large pictures cost most, so none are computed that pooling would throw away.
+CHANNELS = (16, 32, 64, 96, 128)
+POOLS = (None, None, (2, 1), (2, 1), (2, 1))
 RECURRENCES = ("gru", "lstm", "one_way", "none")
 POOLINGS = ("mean_max", "mean")
-POOLS = ((2, 2), (1, 1), (2, 1), (2, 1), (1, 1))
-HIDDEN = 128
+HIDDEN = 96
 
 
 def time_average(x: Tensor, n_bins: int) -> Tensor:
@@ -98,16 +98,14 @@ class BaselineCNN(nn.Module):
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution, batch normalisation, ReLU, max pooling over (mel bands, frames)."""
+    """Convolution, batch normalisation, ReLU, and max pooling over (mel bands, frames) or a stride of 2."""
 
-    def __init__(
-        self, n_in: int, n_out: int, pool: tuple[int, int] = (1, 1), kernel: int = 3, stride: int = 1
-    ) -> None:
+    def __init__(self, n_in: int, n_out: int, pool: tuple[int, int] | None, kernel: int = 3) -> None:
         super().__init__(
-            nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False),
+            nn.Conv2d(n_in, n_out, kernel, 1 if pool else 2, padding=kernel // 2, bias=False),
             nn.BatchNorm2d(n_out),
             nn.ReLU(),
-            nn.MaxPool2d(pool) if pool != (1, 1) else nn.Identity(),
+            nn.MaxPool2d(pool) if pool else nn.Identity(),
         )
 
 
@@ -170,10 +168,11 @@ class CRNN(nn.Module):
             choices = f"{', '.join(RECURRENCES)}; and {' or '.join(POOLINGS)}"
             raise FmaNbError(f"recurrence={recurrence!r}, pooling={pooling!r}: choose among {choices}.")
         self.shuffle = ShuffleFrames() if shuffle else nn.Identity()
-        self.band_norm = nn.BatchNorm1d(n_mels) if band_norm else nn.Identity()
+        # Nothing to learn in it: so no gradient has to be carried back through the largest convolution.
+        self.band_norm = nn.BatchNorm1d(n_mels, affine=False) if band_norm else nn.Identity()
         channels = [round(width * n) for n in CHANNELS]
-        blocks = [ConvBlock(1, channels[0], kernel=5, stride=2)]
-        for n_in, n_out, pool in zip(channels, channels[1:], POOLS, strict=False):
+        blocks = [ConvBlock(1, channels[0], POOLS[0], kernel=5)]
+        for n_in, n_out, pool in zip(channels, channels[1:], POOLS[1:], strict=False):
             blocks.append(ConvBlock(n_in, n_out, pool))
         self.features = nn.Sequential(*blocks)
         n_hidden = round(width * HIDDEN)
@@ -191,7 +190,7 @@ class CRNN(nn.Module):
         """Return the feature vectors over time [shape=(batch, n_steps, channels)]."""
         x = self.shuffle(x)
         x = self.band_norm(x.squeeze(1)).unsqueeze(1)  # every mel band standardised on its own
-        x = self.features(x)  # (batch, channels, n_mels / 16, n_frames / 4)
+        x = self.features(x)  # (batch, channels, n_mels / 32, n_frames / 4)
         return x.mean(dim=2).transpose(1, 2)
 
     def classify(self, sequence: Tensor) -> Tensor:
@@ -229,7 +228,7 @@ def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options
     Parameters
     ----------
     options
-        ``pooling``, ``band_norm`` and ``width`` of a `CRNN`; the baseline has none.
+        ``pooling``, ``band_norm``, ``width`` and ``dropout`` of a `CRNN`; the baseline has none.
 
     Raises
     ------

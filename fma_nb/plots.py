@@ -145,6 +145,25 @@ def interval_plot(ax: Axes, estimates: dict[str, Estimate], reference: float | N
     return ax
 
 
+def ablation_plot(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Draw a `fma_nb.ablation.ablation_table`: each row's change in accuracy against the first, in points.
+
+    Dark intervals exclude zero; the text on the right is the row's own accuracy.
+    """
+    first, rows = table.iloc[0], table.iloc[:0:-1]
+    for height, row in enumerate(rows.itertuples()):
+        color = "#A8A8A8" if row.low <= 0 <= row.high else "#0072B2"
+        ax.plot([100 * row.low, 100 * row.high], [height, height], color=color, linewidth=3)
+        ax.plot(100 * row.difference, height, "o", color=color, markersize=7)
+        spread = "" if pd.isna(row.val_std) else f" ± {row.val_std:.3f}"
+        ax.text(1.02, height, f"{row.val_mean:.3f}{spread}", transform=ax.get_yaxis_transform(), va="center")
+    ax.axvline(0, color="#444444", linewidth=1, linestyle="--")
+    ax.set_yticks(range(len(rows)), [f"{row.row} ({row.seeds})" for row in rows.itertuples()])
+    ax.set_ylim(-0.7, len(rows) - 0.3)
+    ax.set_xlabel(f"change in val accuracy against {first['row']} ({first['val_mean']:.3f}), points")
+    return ax
+
+
 def reliability_plot(ax: Axes, tables: dict[str, pd.DataFrame]) -> Axes:
     """Draw named `fma_nb.calibration.reliability` tables; a dot's area tells its number of clips."""
     ax.plot([0, 1], [0, 1], color="#444444", linewidth=1, linestyle="--", label="as sure as right")

@@ -65,6 +65,7 @@ CONFIG_RANGES = (
     ("gain", 0, 40),
     ("mixup", 0, 1e6),
     ("ema", 0, 0.99999),
+    ("dropout", 0, 0.95),
     ("width", 0.1, 8),
     ("patience", 0, 100_000),
 )
@@ -118,7 +119,7 @@ class TrainConfig:
     ema
         Decay of the exponential moving average of the weights that is evaluated and kept instead of the
         last weights themselves; 0 switches it off.
-    pooling, band_norm, width
+    pooling, band_norm, width, dropout
         Of the CRNN's architecture, see `fma_nb.model.CRNN`.
     patience
         Stop after this many epochs without a better validation accuracy; 0 never stops early.
@@ -147,6 +148,7 @@ class TrainConfig:
     pooling: str = "mean_max"
     band_norm: bool = True
     width: float = 1.0
+    dropout: float = 0.4
     patience: int = 0
     bfloat16: bool = True
 
@@ -169,7 +171,8 @@ class TrainConfig:
         """Return the options of `fma_nb.model.build_model`."""
         if self.model == "baseline":
             return {}
-        return {"pooling": self.pooling, "band_norm": self.band_norm, "width": self.width}
+        names = ("pooling", "band_norm", "width", "dropout")
+        return {name: getattr(self, name) for name in names}
 
 
 def default_config(model: str) -> TrainConfig:
@@ -374,10 +377,20 @@ def _start(config: TrainConfig, pack: Pack, device: torch.device, steps_per_epoc
     model = build_model(config.model, len(pack.genres), n_mels, n_frames, **config.architecture())
     model = to_device(model, device)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = kind(decay_groups(model, config.weight_decay), lr=config.lr)
     factor = lr_factor(config.warmup, config.epochs * steps_per_epoch)
     average = MovingAverage(model, config.ema) if config.ema else None
     return _TrainState(model, optimizer, LambdaLR(optimizer, factor), average)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split a model's parameters for an optimizer: weight decay for matrices and filters only.
+
+    Biases and the gains of batch normalisation are vectors; pulling them to zero regularises nothing.
+    """
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 class MovingAverage:

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
+from PIL import Image
 
 from fma_nb.ablation import (
     CSV_COLUMNS,
@@ -105,6 +106,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no_weight_decay": {"weight_decay": 0},
     "no_schedule": {"warmup": None},
     "no_ema": {"ema": 0},
+    "no_dropout": {"dropout": 0},
     "mean_pooling": {"pooling": "mean"},
     "no_band_norm": {"band_norm": False},
     "half_width": {"width": 0.5},
@@ -156,7 +158,10 @@ def test_architectures_differ_as_their_names_say() -> None:
     assert count_parameters(network("half_width")) < count_parameters(final) / 3
     assert count_parameters(network("shuffled")) == count_parameters(final)
     assert 2 * network("mean_pooling").classifier.in_features == final.classifier.in_features
-    assert count_parameters(final) - count_parameters(network("no_band_norm")) == 2 * 128
+    assert (
+        len(final.state_dict()) - len(network("no_band_norm").state_dict()) == 3
+    )  # mean, variance, batches seen
+    assert (final.dropout.p, network("no_dropout").dropout.p) == (0.4, 0)
 
 
 @pytest.mark.parametrize(("row", "model"), [("crnn_plain", "crnn"), ("baseline", "baseline")])
@@ -251,6 +256,14 @@ def test_the_table_compares_every_row_with_the_final_recipe(printed: str) -> Non
         assert (line["seeds"], line["epochs"]) == (N_SEEDS, 1)
     shown = re.search(r"no_gru +2 +1 +([\d.]+)", printed)
     assert shown and float(shown[1]) == pytest.approx(found["val_mean"], abs=1e-4)
+
+
+def test_the_table_is_drawn_with_what_it_says_inside(printed: str) -> None:
+    drawn = outputs_dir() / RUN / "figures" / "11_ablation.png"
+    assert f"The table is drawn in {drawn}" in printed
+    with Image.open(drawn) as picture:
+        assert "Ablation on validation" in picture.info["Description"]
+        assert np.asarray(picture).std() > 0
 
 
 def test_a_run_without_the_final_recipe_has_no_table() -> None:
@@ -402,6 +415,11 @@ def test_cross_validation_prints_an_accuracy_a_fold() -> None:
     listed = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
     assert last == f"2 folds of the training split: {listed} mean {statistics.mean(accuracies):.4f}"
     assert list(finished_rows(RUN)) == rows_before  # folds are no rows of the ablation
+    table = pd.read_csv(outputs_dir() / RUN / "folds.csv")
+    assert table["accuracy"].tolist() == pytest.approx(accuracies, abs=1e-5)
+    n_clips = len(pack.split("train"))
+    assert (table["train_clips"] + table["held_out_clips"]).tolist() == [n_clips] * 2
+    assert table["held_out_clips"].sum() == n_clips
 
     before = stamps(outputs_dir() / RUN)
     assert ablate("--folds", "2")[1].splitlines()[-1] == last

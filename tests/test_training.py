@@ -25,7 +25,7 @@ from conftest import assert_one_sentence, write_png_tree
 
 from fma_nb.dataset import Pack, SpectrogramDataset, load_pack, make_loader, to_input
 from fma_nb.evaluation import evaluate
-from fma_nb.model import MODELS
+from fma_nb.model import MODELS, build_model
 from fma_nb.project import FmaNbError, project_root, spectrogram_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB
 from fma_nb.training import (
@@ -35,6 +35,7 @@ from fma_nb.training import (
     TrainConfig,
     augment,
     colour,
+    decay_groups,
     default_config,
     fit,
     load_checkpoint,
@@ -1047,6 +1048,20 @@ def test_mixup_blends_pairs_by_their_share() -> None:
     assert len(set(shares)) > 40
 
 
+def test_weight_decay_shrinks_weights_and_spares_biases_and_gains() -> None:
+    model = build_model("crnn", 8, 32, 32, width=0.25)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(decay_groups(model, weight_decay=0.5), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        shrunk = (
+            0.95 if name.startswith("rnn.weight") or name == "classifier.weight" or parameter.ndim == 4 else 1
+        )
+        torch.testing.assert_close(parameter.detach(), shrunk * before[name])
+
+
 def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> None:
     plain = replace(TrainConfig("crnn", width=0.25), epochs=1, batch_size=20, optimizer="adamw")
     ingredients: list[dict[str, Any]] = [
@@ -1061,6 +1076,7 @@ def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> Non
         {"ema": 0.9},
         {"pooling": "mean"},
         {"band_norm": False},
+        {"dropout": 0.1},
         {"label_smoothing": 0.1},
         {"weight_decay": 0.5},
         {"warmup": 0.5},
