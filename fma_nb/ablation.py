@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no_label_smoothing": {"label_smoothing": 0.0},
     "no_weight_decay": {"weight_decay": 0.0},
     "no_schedule": {"warmup": None},
+    "no_muon": {"optimizer": "adamw"},
     "no_ema": {"ema": 0.0},
     "no_dropout": {"dropout": 0.0},
     "mean_pooling": {"pooling": "mean"},

@@ -102,8 +102,13 @@ class Pack:
         return self.splits[name]
 
 
-def load_pack(dataset: str, preset: str) -> Pack:
+def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val")) -> Pack:
     """Open the pack of a dataset's spectrograms, building it first where it is missing or stale.
+
+    Parameters
+    ----------
+    needed
+        The splits that must be there: training needs two, evaluating a trained network only its own.
 
     Raises
     ------
@@ -115,7 +120,7 @@ def load_pack(dataset: str, preset: str) -> Pack:
     get_preset(preset)
     folder = spectrogram_dir(dataset, preset)
     rows = scan_pngs(folder)
-    _check_rows(rows, folder, dataset, preset)
+    _check_rows(rows, folder, dataset, preset, needed)
     pack_dir = folder / "pack"
     make_folder(pack_dir)
     with filelock.FileLock(pack_dir / ".lock"):
@@ -155,14 +160,14 @@ def scan_pngs(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["track_id", "split", "genre", "size", "mtime_ns"])
 
 
-def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str) -> None:
+def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str, needed: Sequence[str]) -> None:
     if rows.empty:
         command = f"fma-nb spectrograms --dataset {dataset} --preset {preset}"
         raise FmaNbError(f"{folder} holds no spectrograms: make them with '{command}'.")
     if rows["track_id"].duplicated().any():
         twice = rows["track_id"][rows["track_id"].duplicated()].iloc[0]
         raise FmaNbError(f"{folder}: track {twice} has two PNGs: remove one of them.")
-    for split in ("train", "val"):
+    for split in needed:
         if not (rows["split"] == split).any():
             raise FmaNbError(f"split {split!r} is empty: {folder / split} holds no PNG.")
     genres = set(rows["genre"])

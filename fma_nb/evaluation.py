@@ -441,7 +441,7 @@ def evaluate_run(run: str, model: str, dataset: str, preset: str, split: str, de
         When the run, the split or the device is not there, or the checkpoints do not fit the data.
     """
     device = resolve_device(device_name)
-    pack = load_pack(dataset, preset)
+    pack = load_pack(dataset, preset, needed=[split])
     clips = pack.split(split)
     shipped = not metrics_path(run, model).exists() and model == "crnn" and SHIPPED_WEIGHTS.exists()
     if shipped:

@@ -161,7 +161,7 @@ class CRNN(nn.Module):
         pooling: str = "mean_max",
         band_norm: bool = True,
         width: float = 1.0,
-        dropout: float = 0.4,
+        dropout: float = 0.3,
     ) -> None:
         super().__init__()
         if recurrence not in RECURRENCES or pooling not in POOLINGS:

@@ -105,6 +105,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no_label_smoothing": {"label_smoothing": 0},
     "no_weight_decay": {"weight_decay": 0},
     "no_schedule": {"warmup": None},
+    "no_muon": {"optimizer": "adamw"},
     "no_ema": {"ema": 0},
     "no_dropout": {"dropout": 0},
     "mean_pooling": {"pooling": "mean"},
@@ -161,7 +162,7 @@ def test_architectures_differ_as_their_names_say() -> None:
     assert (
         len(final.state_dict()) - len(network("no_band_norm").state_dict()) == 3
     )  # mean, variance, batches seen
-    assert (final.dropout.p, network("no_dropout").dropout.p) == (0.4, 0)
+    assert (final.dropout.p, network("no_dropout").dropout.p) == (0.3, 0)
 
 
 @pytest.mark.parametrize(("row", "model"), [("crnn_plain", "crnn"), ("baseline", "baseline")])

@@ -675,6 +675,15 @@ def test_a_run_without_a_crnn_is_evaluated_with_the_weights_of_the_package(
         assert line == f"  {genre:<14}{(predicted[labels == i] == i).float().mean():.3f}"
 
 
+@pytest.mark.usefixtures("project")
+def test_a_test_folder_alone_is_enough_to_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    write_png_tree(spectrogram_dir("fma_small", "compact"), {"test": 2}, shape=(128, 128))
+    assert "16 clips, 1 seed(s)" in evaluated(capsys, "--dataset", "fma_small")
+
+    assert main(["evaluate", "--dataset", "fma_small", "--split", "val", "--device", "cpu"]) == 2
+    assert_one_sentence(refusal(capsys), "'val'", "is empty")
+
+
 @pytest.mark.usefixtures("png_tree")
 def test_other_models_have_no_weights_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--dataset", "fma_small", "--model", "baseline", "--device", "cpu"]) == 2

@@ -35,12 +35,13 @@ from fma_nb.training import (
     TrainConfig,
     augment,
     colour,
-    decay_groups,
     default_config,
     fit,
     load_checkpoint,
     load_model,
     lr_factor,
+    make_optimizer,
+    orthogonal,
     predict_logits,
     read_log,
     resolve_device,
@@ -1048,18 +1049,54 @@ def test_mixup_blends_pairs_by_their_share() -> None:
     assert len(set(shares)) > 40
 
 
-def test_weight_decay_shrinks_weights_and_spares_biases_and_gains() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_shrinks_weights_and_spares_biases_and_gains(optimizer: str) -> None:
     model = build_model("crnn", 8, 32, 32, width=0.25)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(decay_groups(model, weight_decay=0.5), lr=0.1)
+    config = TrainConfig("crnn", optimizer=optimizer, weight_decay=0.5, lr=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    make_optimizer(model, config).step()
     for name, parameter in model.named_parameters():
-        shrunk = (
-            0.95 if name.startswith("rnn.weight") or name == "classifier.weight" or parameter.ndim == 4 else 1
-        )
+        shrunk = 0.95 if name.startswith("rnn.weight") or name == "classifier.weight" else 1
+        if parameter.ndim == 4:  # Muon keeps the filters' length instead
+            shrunk = len(parameter) ** 0.5 / float(before[name].norm()) if optimizer == "muon" else 0.95
         torch.testing.assert_close(parameter.detach(), shrunk * before[name])
+
+
+@pytest.mark.parametrize("shape", [(8, 27), (16, 16), (40, 9)])
+def test_orthogonal_keeps_the_directions_of_a_matrix_and_levels_their_sizes(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    seen = left.T @ orthogonal(matrix) @ right.T
+    sizes = seen.diagonal()
+    assert 0.6 < sizes.min() < sizes.max() < 1.25
+    torch.testing.assert_close(seen, sizes.diag(), atol=1e-4, rtol=0)
+
+
+def test_muon_steps_equally_far_in_all_directions_and_leaves_the_rest_to_adamw() -> None:
+    config = replace(default_config("crnn"), width=0.25)
+    networks = [build_model("crnn", 8, 32, 32, **config.architecture()) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [
+        make_optimizer(network, replace(config, optimizer=kind))
+        for network, kind in zip(networks, ("muon", "adamw"), strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        before = [p.detach().clone() for p in networks[0].parameters()]
+        gradients = [torch.randn(p.shape, generator=generator) for p in before]
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for old, ours, theirs in zip(before, *(network.parameters() for network in networks), strict=True):
+        if ours.ndim < 4:
+            torch.testing.assert_close(ours, theirs)
+            continue
+        step = (old * len(old) ** 0.5 / old.norm() - ours) / config.filter_lr
+        sizes = torch.linalg.svdvals(step.detach().flatten(1))
+        assert 0.6 < sizes.min() < sizes.max() < 1.25
 
 
 def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> None:
@@ -1081,6 +1118,8 @@ def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> Non
         {"weight_decay": 0.5},
         {"warmup": 0.5},
         {"optimizer": "adam", "weight_decay": 0.5},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "filter_lr": 0.01},
     ]
     states = set()
     for i, ingredient in enumerate(ingredients):
