@@ -626,7 +626,7 @@ def test_an_impossible_configuration_is_named(name: str, value: Any) -> None:
 
 
 def test_only_a_crnn_has_an_architecture_to_choose() -> None:
-    options = {"pooling": "mean", "band_norm": False, "width": 0.5}
+    options = {"pooling": "mean", "band_norm": False, "width": 0.5, "dropout": 0.1}
     assert TrainConfig("baseline", **options).architecture() == {}
     for model in MODELS[1:]:
         assert TrainConfig(model, **options).architecture() == options
@@ -714,7 +714,7 @@ def test_a_checkpoint_brings_its_architecture(pack: Pack, tmp_path: Path) -> Non
     config = replace(CRNN, epochs=1, pooling="mean", band_norm=False, width=0.125)
     files = train(config, pack, tmp_path)
     network = load_model(files.best, "crnn", pack, CPU)
-    assert (network.pooling, network.classifier.in_features) == ("mean", 32)
+    assert (network.pooling, network.classifier.in_features) == ("mean", 24)  # two directions of 12
     loader = make_loader(SpectrogramDataset(pack.split("val")), 256)
     assert score_loader(network, loader, CPU)[0] == pytest.approx(read_log(files.log)["val_loss"][0])
 
