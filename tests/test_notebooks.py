@@ -86,7 +86,7 @@ def test_the_baseline_of_notebook_03_is_the_packages(n_frames):
     assert same_network(ours, theirs, torch.rand(2, 1, 128, n_frames))
 
 
-@pytest.mark.parametrize(("name", "n_hidden"), [("crnn", 128), ("crnn_no_gru", 0)])
+@pytest.mark.parametrize(("name", "n_hidden"), [("crnn", 96), ("crnn_no_gru", 0)])
 def test_the_crnn_of_notebook_04_is_the_packages(name, n_hidden):
     namespace = {"nn": nn, "torch": torch}
     path = next(p for p in NOTEBOOKS if p.name.startswith("04"))
