@@ -410,8 +410,9 @@ class Muon(torch.optim.AdamW):
     A gradient is dominated by a few directions, and so is a step along it. Muon makes the averaged gradient
     of a layer, as a matrix [shape=(n_out, n_in * height * width)], orthogonal: the step goes equally far in
     every direction that the layer can move in, and rare patterns are learnt as fast as common ones. The
-    filters here stand before batch normalisation, where their length means nothing; it is kept fixed, so
-    that ``filter_lr`` is the relative length of a step.
+    CRNN's filters stand before batch normalisation, where their length means nothing; it is kept fixed, so
+    that ``filter_lr`` is the relative length of a step. For the baseline, which has no batch normalisation,
+    that fixed length is a constraint of its own.
 
     References
     ----------
