@@ -28,10 +28,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from fma_nb.augmentation import augment
 from fma_nb.dataset import SpectrogramDataset, load_pack, make_loader
 from fma_nb.model import build_model
+from fma_nb.optimization import make_optimizer
 from fma_nb.project import keep_freed_memory, spectrogram_dir
-from fma_nb.training import augment, autocast, default_config, make_deterministic, to_device
+from fma_nb.recipe import default_config
+from fma_nb.training import autocast, make_deterministic, to_device
 
 CHOICES = (
     "plain image folder, float32",
@@ -40,6 +43,7 @@ CHOICES = (
     "+ freed memory is kept",
     "+ bfloat16 autocast",
     "+ the recipe's augmentation",
+    "+ the recipe's optimizer",
 )
 
 
@@ -84,7 +88,8 @@ def images_per_second(level: int, options: argparse.Namespace) -> float:
     images, _ = next(stream)
     model = build_model("crnn", 8, *images.shape[-2:], **config.architecture()).to(device).train()
     model = to_device(model, device) if level >= 2 else model
-    optimizer = torch.optim.AdamW(model.parameters())
+    kind = config.optimizer if level >= 6 else "adamw"
+    optimizer = make_optimizer(model, replace(config, optimizer=kind))
     plain = replace(
         config, time_shift=False, stretch=0, mel_shift=0, gain=0, freq_mask=0, time_mask=0, mixup=0
     )

@@ -7,7 +7,7 @@ and evaluated on validation. Finished trainings are never repeated, so the table
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fma_nb.evaluation import (
     train_and_evaluate,
 )
 from fma_nb.project import FmaNbError, atomic_path, run_dir
-from fma_nb.training import TrainConfig, default_config, read_log, run_files
+from fma_nb.recipe import TrainConfig, default_config
 
 FINAL = "final"
 ROWS: dict[str, dict[str, Any]] = {
@@ -55,13 +55,19 @@ ROWS: dict[str, dict[str, Any]] = {
     # One ingredient more.
     "mixup": {"mixup": 0.3},
     "crop": {"crop": 0.5},
-    "longer": {"epochs": 80},
+    "shorter": {"epochs": 12},
+    "longer": {"epochs": 48},
     # Architecture and recipe apart.
     "baseline_with_recipe": {"model": "baseline"},
 }
-PLAIN_ROWS = {"crnn_plain": "crnn", "baseline": "baseline"}
+# Changes of the baseline's plain recipe: Adam, a constant learning rate, no augmentation.
+PLAIN_ROWS: dict[str, dict[str, Any]] = {
+    "crnn_plain": {"model": "crnn"},
+    "baseline": {},
+    "baseline_longer": {"epochs": 24},
+}
 CSV_COLUMNS = [
-    *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_macro_f1"),
+    *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_macro_f1", "last_val_accuracy"),
     *("parameters", "seconds", "device", "date"),
 ]
 
@@ -72,8 +78,7 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
     Parameters
     ----------
     row
-        One of `ROWS`, which change ``base``, or of `PLAIN_ROWS`, which train with the baseline's plain
-        recipe: Adam, a constant learning rate, no augmentation.
+        One of `ROWS`, which change ``base``, or of `PLAIN_ROWS`, which change the baseline's own recipe.
     base
         The final recipe.
 
@@ -83,7 +88,7 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
         When there is no such row.
     """
     if row in PLAIN_ROWS:
-        return replace(default_config("baseline"), model=PLAIN_ROWS[row])
+        return replace(default_config("baseline"), **PLAIN_ROWS[row])
     if row not in ROWS:
         raise FmaNbError(f"--rows {row}: choose among {', '.join((*ROWS, *PLAIN_ROWS))}.")
     return replace(base, **ROWS[row])
@@ -133,6 +138,7 @@ def write_csv(run: str) -> Path:
             "best_epoch": result["best_epoch"],
             "val_accuracy": round(result["val"]["accuracy"], 5),
             "val_macro_f1": round(result["val"]["macro_f1"], 5),
+            "last_val_accuracy": round(result["last_val_accuracy"], 5),
             "parameters": metrics["n_parameters"],
             "seconds": result["seconds"],
             "device": metrics["device"],
@@ -150,43 +156,59 @@ def write_csv(run: str) -> Path:
 def ablation_table(run: str) -> pd.DataFrame:
     """Compare every finished row of a run with the final recipe, on the same validation tracks.
 
+    Rows made from other data, or as changes of another recipe than the run's ``final``, are left out, and
+    a line says so.
+
     Returns
     -------
     table
-        ``row, seeds, epochs, val_mean, val_std, difference, low, high``; the interval is the 95 % one of
-        `fma_nb.evaluation.paired_difference`. Empty where the final recipe is not finished.
+        ``row, seeds, epochs, val_mean, val_std, last_mean, difference, low, high``. The first means are of
+        each seed's best epoch, which was chosen on these tracks; ``last_mean`` of its last one. The interval
+        is the 95 % one of `fma_nb.evaluation.paired_difference`. Empty without the final recipe.
     """
     found = finished_rows(run)
     if FINAL not in found:
         return pd.DataFrame()
-    final = correct_matrix(found[FINAL], "val")
-    groups = artist_groups(found[FINAL]["dataset"], list(final.columns))
-    lines = []
-    for row, metrics in found.items():
-        if metrics["fingerprint"] != found[FINAL]["fingerprint"]:
-            continue
-        gap = paired_difference(correct_matrix(metrics, "val"), final, groups)
-        accuracies = [result["val"]["accuracy"] for result in metrics["seeds"]]
-        lines.append(
-            {
-                "row": row,
-                "seeds": len(accuracies),
-                "epochs": metrics["config"]["epochs"],
-                "val_mean": float(np.mean(accuracies)),
-                "val_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan,
-                "difference": gap.value,
-                "low": gap.low,
-                "high": gap.high,
-            }
-        )
-    return pd.DataFrame(lines)
+    kept = {row: metrics for row, metrics in found.items() if _belongs(row, metrics, found[FINAL])}
+    if len(kept) < len(found):
+        others = ", ".join(row for row in found if row not in kept)
+        print(f"Left out, made from other data or with another recipe: {others}")
+    return pd.DataFrame([_table_line(row, metrics, found[FINAL]) for row, metrics in kept.items()])
+
+
+def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
+    """Tell whether a row is a change of this final recipe, on the same data."""
+    try:
+        wanted = asdict(row_config(row, TrainConfig(**final["config"])))
+    except TypeError:  # of another version of this project
+        return False
+    config = metrics["config"] | {"seed": wanted["seed"]}
+    return bool(config == wanted and metrics["fingerprint"] == final["fingerprint"])
+
+
+def _table_line(row: str, metrics: Metrics, final: Metrics) -> dict[str, Any]:
+    answers = correct_matrix(final, "val")
+    groups = artist_groups(final["dataset"], list(answers.columns))
+    gap = paired_difference(correct_matrix(metrics, "val"), answers, groups)
+    accuracies = [result["val"]["accuracy"] for result in metrics["seeds"]]
+    return {
+        "row": row,
+        "seeds": len(accuracies),
+        "epochs": metrics["config"]["epochs"],
+        "val_mean": float(np.mean(accuracies)),
+        "val_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan,
+        "last_mean": float(np.mean([result["last_val_accuracy"] for result in metrics["seeds"]])),
+        "difference": np.nan if row == FINAL else gap.value,
+        "low": np.nan if row == FINAL else gap.low,
+        "high": np.nan if row == FINAL else gap.high,
+    }
 
 
 def folds(pack: Pack, n_folds: int) -> Iterator[Pack]:
     """Cut the training split into folds; yield packs whose validation is one fold each.
 
-    Folds are balanced by genre, and by artist where the metadata tells the artist. The official
-    validation split is not touched: what comes out is an estimate that nothing was chosen on.
+    Folds are balanced by genre and tear no artist apart (see `fma_nb.evaluation.artist_groups`). The
+    official validation split is not touched: what comes out is an estimate that nothing was chosen on.
 
     Raises
     ------
@@ -200,7 +222,7 @@ def folds(pack: Pack, n_folds: int) -> Iterator[Pack]:
     cutter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
     for i, (kept, held_out) in enumerate(cutter.split(train.track_ids, train.labels, groups)):
         splits = {name: _part(train, chosen) for name, chosen in (("train", kept), ("val", held_out))}
-        yield replace(pack, fingerprint=f"{pack.fingerprint}/fold {i} of {n_folds}", splits=splits)
+        yield replace(pack, fingerprint=f"{pack.fingerprint}/fold {i + 1} of {n_folds}", splits=splits)
 
 
 def _part(split: Split, chosen: np.ndarray[Any, Any]) -> Split:
@@ -217,27 +239,27 @@ def cross_validate(
     accuracies
         Of each fold, after the last epoch: the best one would have been chosen on the fold itself.
     """
-    lines, accuracies = [], []
+    lines: list[dict[str, Any]] = []
     for i, fold in enumerate(folds(pack, n_folds)):
         print(f"fold {i + 1} of {n_folds}:", flush=True)
-        fold_run = _row_run(run, f"fold{i}of{n_folds}")
-        metrics = train_and_evaluate(config, fold, fold_run, device)
-        log = read_log(run_files(fold_run, config.model, config.seed, config.seed).log)
-        accuracies.append(float(log["val_accuracy"].iloc[-1]))
-        lines.append(
-            {
-                "fold": i,
-                "folds": n_folds,
-                "model": config.model,
-                "seed": config.seed,
-                "epochs": len(log),
-                "train_clips": len(fold.split("train")),
-                "held_out_clips": len(fold.split("val")),
-                "accuracy": round(accuracies[-1], 5),
-                "device": metrics["device"],
-                "date": metrics["date"],
-            }
-        )
-    with atomic_path(run_dir(run) / "folds.csv") as temporary:
-        pd.DataFrame(lines).to_csv(temporary, index=False)
-    return accuracies
+        lines.append({"fold": i + 1, "folds": n_folds} | _judge_fold(fold, run, i, n_folds, config, device))
+        with atomic_path(run_dir(run) / "folds.csv") as temporary:
+            pd.DataFrame(lines).to_csv(temporary, index=False)
+    return [line["accuracy"] for line in lines]
+
+
+def _judge_fold(
+    fold: Pack, run: str, i: int, n_folds: int, config: TrainConfig, device: torch.device
+) -> dict[str, Any]:
+    metrics = train_and_evaluate(config, fold, _row_run(run, f"fold{i + 1}of{n_folds}"), device)
+    result = metrics["seeds"][0]
+    return {
+        "model": config.model,
+        "seed": config.seed,
+        "epochs": result["epochs"],
+        "train_clips": len(fold.split("train")),
+        "held_out_clips": len(fold.split("val")),
+        "accuracy": round(result["last_val_accuracy"], 5),
+        "device": metrics["device"],
+        "date": metrics["date"],
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FmaNbError as error:
         print(f"fma-nb: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # its reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("fma-nb: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
@@ -147,7 +151,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command = commands.add_parser("evaluate", help="evaluate a trained model on a split")
     _add_data_options(command)
     command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
-    command.add_argument("--model", default="crnn", help="baseline, crnn or crnn_no_gru")
+    names = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled"
+    command.add_argument("--model", default="crnn", help=f"{names} (default: crnn)")
     command.add_argument("--split", default="val", choices=("train", "val", "test"))
     command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     command.set_defaults(command=_evaluate)
@@ -183,7 +188,8 @@ def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _ablate(options: argparse.Namespace) -> None:
     from fma_nb.ablation import PLAIN_ROWS, ROWS, ablation_table, cross_validate, run_ablation
     from fma_nb.dataset import load_pack
-    from fma_nb.training import changed_config, default_config, resolve_device
+    from fma_nb.recipe import changed_config, default_config
+    from fma_nb.training import resolve_device
 
     run, device = options.run or options.dataset, resolve_device(options.device)
     base = changed_config(default_config("crnn"), options.parameters)
@@ -220,17 +226,18 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser("export", help="write a trained model's weights for 'predict'")
     command.add_argument("--run", default="fma_small", help="name of the run folder")
     command.add_argument("--model", default="crnn", help="the model of that run (default: crnn)")
-    default = project_root() / "fma_nb" / "weights" / "crnn.pt"
-    command.add_argument("--out", type=Path, default=default, help="file to write (default: the package's)")
+    command.add_argument("--out", type=Path, help="file to write (default: outputs/<run>/<model>.pt)")
     command.set_defaults(command=_export)
 
 
 def _export(options: argparse.Namespace) -> None:
     from fma_nb.prediction import export_weights
 
-    temperature = export_weights(options.run, options.model, options.out)
-    size = options.out.stat().st_size / 1e6
-    print(f"{_shown(options.out)}: {size:.1f} MB, temperature {temperature:.3f} fitted on validation")
+    path = options.out or run_dir(options.run) / f"{options.model}.pt"
+    temperature = export_weights(options.run, options.model, path)
+    size = path.stat().st_size / 1e6
+    print(f"{_shown(path)}: {size:.1f} MB, temperature {temperature:.3f} fitted on validation")
+    print(f"fma-nb predict --weights {_shown(path)} SONG.mp3")
 
 
 def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

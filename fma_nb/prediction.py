@@ -6,6 +6,7 @@ length is cut into windows of 30 s, as long as the clips it was trained on, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from fma_nb.audio import UnreadableClipError, load_windows
 from fma_nb.calibration import answers, fit_temperature
 from fma_nb.dataset import to_input
 from fma_nb.evaluation import SHIPPED_WEIGHTS, read_metrics
-from fma_nb.model import build_model
 from fma_nb.project import FmaNbError
 from fma_nb.spectrogram import get_preset, log_mel, to_grey
-from fma_nb.training import load_checkpoint, run_files, save_checkpoint, saved_config
+from fma_nb.training import (
+    build_network,
+    load_checkpoint,
+    run_files,
+    save_checkpoint,
+)
 
 SHIPPED_KEYS = ("model_state", "config", "genres", "preset", "image_shape", "epoch", "val_accuracy")
 # Nearly all of FMA's clips have it, so their mel bands mean these frequencies; Hz.
@@ -58,14 +63,12 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
         When the file is missing, is no checkpoint of this project, or does not fit its architecture.
     """
     saved = load_checkpoint(path)
-    config = saved_config(path, saved)
-    network = build_model(config.model, len(saved["genres"]), *saved["image_shape"], **config.architecture())
-    try:
-        network.load_state_dict(saved["model_state"])
-    except RuntimeError as error:
-        raise FmaNbError(f"{path} holds weights of another architecture: train again.") from error
-    temperature = float(saved.get("temperature", 1.0))
-    return Classifier(network.eval(), tuple(saved["genres"]), saved["preset"], temperature)
+    get_preset(saved["preset"])
+    temperature = saved.get("temperature", 1.0)
+    if not isinstance(temperature, float) or not 0 < temperature < math.inf:
+        raise FmaNbError(f"{path} has temperature {temperature!r}, which must be a number above 0.")
+    network = build_network(path, saved).eval()
+    return Classifier(network, tuple(saved["genres"]), saved["preset"], temperature)
 
 
 def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str, float]:
@@ -98,7 +101,7 @@ def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str,
     return dict(zip(classifier.genres, probabilities.tolist(), strict=True))
 
 
-def export_weights(run: str, model: str, path: Path = SHIPPED_WEIGHTS) -> float:
+def export_weights(run: str, model: str, path: Path) -> float:
     """Write the first seed's best weights of a run, with a temperature fitted on validation.
 
     Returns

@@ -20,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from papermill.exceptions import PapermillExecutionError
 
 from fma_nb.dataset import load_pack, scan_pngs
-from fma_nb.evaluation import chosen_split, evaluation_splits
+from fma_nb.evaluation import SHIPPED_WEIGHTS, chosen_split, evaluation_splits
 from fma_nb.metadata import load_index
 from fma_nb.mini import make_fma_mini
 from fma_nb.project import (
@@ -32,9 +32,10 @@ from fma_nb.project import (
     run_dir,
     spectrogram_dir,
 )
+from fma_nb.recipe import TrainConfig, typed
 from fma_nb.report import write_report
 from fma_nb.spectrogram import get_preset
-from fma_nb.training import TrainConfig, resolve_device, typed
+from fma_nb.training import resolve_device
 
 NOTEBOOKS = ("01_eda", "02_spectrograms", "03_baseline", "04_crnn", "05_comparison")
 KERNEL = "fma-nb"
@@ -179,10 +180,20 @@ def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     for module in sorted((project_root() / "fma_nb").glob("*.py")):
         digest.update(module.read_bytes())
     digest.update(_data_state(parameters["dataset"], parameters.get("preset")).encode())
-    for model in _METRICS.get(name, ()):
-        metrics = run_dir(run) / "metrics" / f"{model}.json"
-        digest.update(metrics.read_bytes() if metrics.exists() else b"missing")
+    for path in _files_read(name, parameters, run):
+        digest.update(f"{path.name}".encode() + (path.read_bytes() if path.is_file() else b"missing"))
     return digest.hexdigest()
+
+
+def _files_read(name: str, parameters: dict[str, Any], run: str) -> list[Path]:
+    """List what a notebook reads beside its dataset: metrics, and for the comparison whatever it shows."""
+    paths = [run_dir(run) / "metrics" / f"{model}.json" for model in _METRICS.get(name, ())]
+    if name == "05_comparison":
+        paths += sorted(run_dir(run).glob("ablation/*/metrics/*.json"))
+        paths.append(SHIPPED_WEIGHTS)
+    if parameters.get("song"):
+        paths.append(notebook_path(name).parent / parameters["song"])
+    return paths
 
 
 def _data_state(dataset: str, preset: str | None) -> str:

@@ -1,20 +1,13 @@
-"""Stage 6, training: the loop, its augmentations, checkpoints, and an exact resume.
+"""Stage 6d, training: the loop, checkpoints, and an exact resume.
 
 Every epoch seeds all generators from (seed, epoch), so an epoch does not depend on how the process got
 there: a run that was killed and resumed gives the same weights, bit for bit, as one that was not.
 Notebook 03 writes the plain loop in view, notebook 04 says what each ingredient of the CRNN's recipe is for.
-
-References
-----------
-D. S. Park et al.: "SpecAugment", Interspeech 2019 (masks over time and frequency).
-H. Zhang et al.: "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
-I. Loshchilov, F. Hutter: "Decoupled Weight Decay Regularization", ICLR 2019 (AdamW).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import math
 import pickle
@@ -22,54 +15,27 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from fma_nb.dataset import Batch, Pack, SpectrogramDataset, make_loader, to_input
-from fma_nb.model import MODELS, POOLINGS, build_model
+from fma_nb.augmentation import augment
+from fma_nb.dataset import MIN_FRAMES, Batch, Pack, SpectrogramDataset, make_loader, to_input
+from fma_nb.model import build_model
+from fma_nb.optimization import MovingAverage, lr_factor, make_optimizer
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, atomic_path, keep_freed_memory, run_dir
-from fma_nb.spectrogram import DYNAMIC_RANGE_DB
+from fma_nb.recipe import TrainConfig
 
-CONFIG_CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
-    ("model", MODELS),
-    ("optimizer", ("adam", "adamw", "muon")),
-    ("pooling", POOLINGS),
-    ("time_shift", (True, False)),
-    ("band_norm", (True, False)),
-    ("bfloat16", (True, False)),
-)
-CONFIG_RANGES = (
-    ("epochs", 1, 100_000),
-    ("batch_size", 1, 100_000),
-    ("lr", 1e-12, 1e12),
-    ("filter_lr", 1e-12, 1e12),
-    ("seed", 0, 2**31),
-    ("weight_decay", 0, 1e6),
-    ("label_smoothing", 0, 1),
-    ("freq_mask", 0, 1),
-    ("time_mask", 0, 1),
-    ("crop", 0.05, 1),
-    ("stretch", 0, 0.9),
-    ("mel_shift", 0, 64),
-    ("gain", 0, 40),
-    ("mixup", 0, 1e6),
-    ("ema", 0, 0.99999),
-    ("dropout", 0, 0.95),
-    ("width", 0.1, 8),
-    ("patience", 0, 100_000),
-)
 CHECKPOINT_KEYS = ("epoch", "model_state", "config", "genres", "preset", "image_shape")
 # What torch.load was seen to raise for cut, flipped and foreign files.
 _UNREADABLE = (
@@ -84,120 +50,6 @@ _UNREADABLE = (
     AssertionError,
 )
 LOG_COLUMNS = ["seed", "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides how a model is trained; each ingredient is one field.
-
-    Attributes
-    ----------
-    model
-        One of `fma_nb.model.MODELS`.
-    epochs, batch_size, lr, seed
-        As usual; ``lr`` is the highest learning rate.
-    optimizer
-        ``adam``; ``adamw`` with ``weight_decay``; or ``muon``, which is `Muon` with ``filter_lr`` for the
-        convolutions' filters and AdamW for the rest.
-    warmup
-        Share of the steps over which ``lr`` rises from zero before it falls to zero as a cosine;
-        ``None`` keeps it constant.
-    label_smoothing
-        Share of the target spread over all genres.
-    time_shift
-        Rotate each training clip in time by a random number of frames.
-    crop
-        Share of each training clip's frames that is seen, from a random start; the whole clip is evaluated.
-    stretch
-        Play each training clip faster or slower by up to this share.
-    mel_shift
-        Move each training clip up or down by up to this number of mel bands.
-    gain
-        Colour each training clip: a random smooth gain over the mel bands with this spread, in dB.
-    freq_mask, time_mask
-        Longest SpecAugment mask, as a share of the mel bands and of the frames.
-    mixup
-        Alpha of mixup's Beta distribution; 0 switches it off.
-    ema
-        Decay of the exponential moving average of the weights that is evaluated and kept instead of the
-        last weights themselves; 0 switches it off.
-    pooling, band_norm, width, dropout
-        Of the CRNN's architecture, see `fma_nb.model.CRNN`.
-    patience
-        Stop after this many epochs without a better validation accuracy; 0 never stops early.
-    bfloat16
-        Run convolutions in bfloat16 where the processor computes with it.
-    """
-
-    model: str = "baseline"
-    epochs: int = 10
-    batch_size: int = 32
-    lr: float = 1e-3
-    seed: int = 0
-    optimizer: str = "adam"
-    filter_lr: float = 0.012
-    weight_decay: float = 0.0
-    warmup: float | None = None
-    label_smoothing: float = 0.0
-    time_shift: bool = False
-    crop: float = 1.0
-    stretch: float = 0.0
-    mel_shift: int = 0
-    gain: float = 0.0
-    freq_mask: float = 0.0
-    time_mask: float = 0.0
-    mixup: float = 0.0
-    ema: float = 0.0
-    pooling: str = "mean_max"
-    band_norm: bool = True
-    width: float = 1.0
-    dropout: float = 0.3
-    patience: int = 0
-    bfloat16: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, by name."""
-        for name, choices in CONFIG_CHOICES:
-            if getattr(self, name) not in choices:
-                wanted = ", ".join(map(str, choices))
-                raise FmaNbError(f"{name}={getattr(self, name)!r} is unknown: choose one of {wanted}.")
-        for name, low, high in CONFIG_RANGES:
-            value = getattr(self, name)
-            whole = isinstance(getattr(type(self), name), int)
-            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-                kind = "a whole number" if whole else "a number"
-                raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.")
-        if self.warmup is not None and not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup <= 1):
-            raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")
-
-    def architecture(self) -> dict[str, Any]:
-        """Return the options of `fma_nb.model.build_model`."""
-        if self.model == "baseline":
-            return {}
-        names = ("pooling", "band_norm", "width", "dropout")
-        return {name: getattr(self, name) for name in names}
-
-
-def default_config(model: str) -> TrainConfig:
-    """Return a model's own recipe: plain Adam for the baseline, the modern one for the CRNN."""
-    if model == "baseline":
-        return TrainConfig(model)
-    return TrainConfig(
-        model,
-        epochs=24,
-        lr=2e-3,
-        optimizer="muon",
-        weight_decay=0.05,
-        warmup=0.15,
-        label_smoothing=0.1,
-        time_shift=True,
-        stretch=0.2,
-        mel_shift=3,
-        gain=5.0,
-        freq_mask=0.15,
-        time_mask=0.15,
-        ema=0.995,
-    )
 
 
 @dataclass(frozen=True)
@@ -385,119 +237,6 @@ def _start(config: TrainConfig, pack: Pack, device: torch.device, steps_per_epoc
     return _TrainState(model, optimizer, LambdaLR(optimizer, factor), average)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build a recipe's optimizer; weight decay is for matrices and filters only.
-
-    Biases and the gains of batch normalisation are vectors; pulling them to zero regularises nothing.
-    """
-    filters = [p for p in model.parameters() if p.ndim == 4]
-    matrices = [p for p in model.parameters() if 1 < p.ndim < 4]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-        {"params": filters, "weight_decay": config.weight_decay},
-    ]
-    if config.optimizer == "muon":
-        return Muon(groups[:2], filters, lr=config.lr, filter_lr=config.filter_lr)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr)
-
-
-class Muon(torch.optim.AdamW):
-    """Muon for the filters of convolutions, AdamW for all other parameters.
-
-    A gradient is dominated by a few directions, and so is a step along it. Muon makes the averaged gradient
-    of a layer, as a matrix [shape=(n_out, n_in * height * width)], orthogonal: the step goes equally far in
-    every direction that the layer can move in, and rare patterns are learnt as fast as common ones. The
-    CRNN's filters stand before batch normalisation, where their length means nothing; it is kept fixed, so
-    that ``filter_lr`` is the relative length of a step. For the baseline, which has no batch normalisation,
-    that fixed length is a constraint of its own.
-
-    References
-    ----------
-    K. Jordan et al.: "Muon: An optimizer for hidden layers in neural networks", 2024.
-    """
-
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        filters: list[nn.Parameter],
-        lr: float,
-        filter_lr: float,
-        momentum: float = 0.9,
-    ) -> None:
-        super().__init__(groups, lr=lr)
-        self.add_param_group({"params": filters, "lr": filter_lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters; AdamW leaves those alone that have no gradient any more."""
-        group = self.param_groups[-1]
-        for filters in group["params"]:
-            state = self.state[filters]
-            if not state:  # under the names that AdamW uses, which reads them back
-                state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(filters)
-            state["exp_avg"].lerp_(filters.grad, 1 - group["momentum"])
-            direction = filters.grad.lerp(state["exp_avg"], group["momentum"])
-            filters.mul_(len(filters) ** 0.5 / filters.norm())
-            filters.sub_(orthogonal(direction.flatten(1)).view(filters.shape), alpha=group["lr"])
-            filters.grad = None
-        return super().step(closure)
-
-
-def orthogonal(matrix: Tensor, n_steps: int = 5) -> Tensor:
-    """Push all singular values of a matrix towards 1, by Newton and Schulz's iteration.
-
-    Five steps with these coefficients bring them to between 0.7 and 1.2, which is as good as 1 for a step.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(n_steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
-
-
-class MovingAverage:
-    """Exponential moving average of a model's weights and buffers, which forgets faster while it is young.
-
-    PyTorch's `AveragedModel` counts on the device, and reading its count would stall a GPU in every step.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
-        self.n_updates = 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights of ``model``."""
-        kept = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates)) if self.n_updates else 0.0
-        averages, weights = self.module.state_dict(), model.state_dict()
-        for name, average in averages.items():
-            if average.is_floating_point():
-                average.lerp_(weights[name], 1 - kept)
-            else:
-                average.copy_(weights[name])
-        self.n_updates += 1
-
-
-def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
-    """Return the share of the learning rate at each step: linear rise, then half a cosine to zero."""
-    if warmup is None:
-        return lambda _: 1.0
-    rise = max(1, round(warmup * n_steps))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
-
-    return factor
-
-
 def _run_epoch(
     state: _TrainState,
     config: TrainConfig,
@@ -563,85 +302,20 @@ def train_epoch(
 def _check_finite(losses: Tensor, config: TrainConfig, epoch: int) -> None:
     bad = (~torch.isfinite(losses)).nonzero().flatten()
     if len(bad):
-        raise _not_a_number(config, epoch, f"batch {int(bad[0])}")
+        raise _not_a_number(config, epoch, f"batch {int(bad[0]) + 1}")
 
 
 def _not_a_number(config: TrainConfig, epoch: int, where: str) -> FmaNbError:
+    kept = "the checkpoints are those of the epoch before" if epoch else "there is no checkpoint yet"
     return FmaNbError(
-        f"{config.model}: the loss is not a number in epoch {epoch}, {where}; the checkpoints are those of "
-        f"the epoch before. Try a smaller lr. Configuration: {asdict(config)}"
+        f"{config.model}: the loss is not a number in epoch {epoch + 1}, {where}; {kept}. "
+        f"Try a smaller lr. Configuration: {asdict(config)}"
     )
 
 
 def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which convolutions run in bfloat16, where that is wanted and pays."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and bfloat16_pays(device))
-
-
-def augment(images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor, float]:
-    """Turn a training batch of grey levels into inputs, each ingredient where the recipe has it.
-
-    Returns
-    -------
-    inputs [shape=(batch, 1, n_mels, n_frames)]
-        The augmented spectrograms.
-    partner [shape=(batch,)]
-        The second label of each mixed clip.
-    share
-        The weight of the first label; 1 without mixup.
-    """
-    images = warp(images, config)
-    inputs = to_input(images)
-    if config.gain:
-        inputs = colour(inputs, config.gain / DYNAMIC_RANGE_DB)
-    n_mels, n_frames = inputs.shape[2:]
-    if config.freq_mask:
-        width = round(config.freq_mask * n_mels)
-        inputs = torchaudio.transforms.FrequencyMasking(width, iid_masks=True)(inputs)
-    if config.time_mask:
-        width = round(config.time_mask * n_frames)
-        inputs = torchaudio.transforms.TimeMasking(width, iid_masks=True)(inputs)
-    if not config.mixup:
-        return inputs, labels, 1.0
-    share = random.betavariate(config.mixup, config.mixup)
-    share = max(share, 1 - share)
-    return torch.lerp(inputs.roll(1, 0), inputs, share), labels.roll(1, 0), share
-
-
-def warp(images: Tensor, config: TrainConfig) -> Tensor:
-    """Rotate, crop, stretch and transpose each clip by its own random amounts.
-
-    ``images`` has the shape (batch, n_mels, n_frames). A clip is rotated in time: what leaves at its end
-    comes in at its start. Mel bands that come in from beyond the edge repeat the band at the edge.
-    """
-    if not (config.time_shift or config.stretch or config.mel_shift or config.crop < 1):
-        return images
-    n_clips, n_mels, n_frames = images.shape
-    n_kept = max(1, round(config.crop * n_frames))
-    draw = torch.rand(3, n_clips, 1, device=images.device)
-    if config.time_shift or config.stretch or n_kept < n_frames:
-        start = (draw[0] * (n_frames if config.time_shift else n_frames - n_kept + 1)).floor()
-        speed = 1 + config.stretch * (2 * draw[1] - 1)
-        frames = (start + speed * torch.arange(n_kept, device=images.device)).long() % n_frames
-        images = images.gather(2, frames[:, None, :].expand(-1, n_mels, -1))
-    if config.mel_shift:
-        shift = ((2 * config.mel_shift + 1) * draw[2]).long() - config.mel_shift
-        bands = (torch.arange(n_mels, device=images.device) + shift).clamp(0, n_mels - 1)
-        images = images.gather(1, bands[:, :, None].expand(-1, -1, images.shape[2]))
-    return images
-
-
-def colour(inputs: Tensor, spread: float, n_knots: int = 6) -> Tensor:
-    """Add a random smooth curve over the mel bands to each clip's levels, as another recording would have.
-
-    ``inputs`` [shape=(batch, 1, n_mels, n_frames)] are levels from 0 to 1; what is at the floor stays there.
-    """
-    n_mels = inputs.shape[2]
-    knots = spread * torch.randn(len(inputs), n_knots, device=inputs.device)
-    place = torch.linspace(0, n_knots - 1, n_mels, device=inputs.device)
-    left = place.long().clamp(max=n_knots - 2)
-    curve = torch.lerp(knots[:, left], knots[:, left + 1], place - left)
-    return torch.where(inputs > 0, inputs + curve[:, None, :, None], 0).clamp_(min=0)
 
 
 def score_loader(
@@ -698,9 +372,24 @@ def load_checkpoint(path: Path, device: torch.device | None = None) -> dict[str,
         raise FmaNbError(f"{path} is missing: train the model first (notebooks 03 and 04).") from error
     except _UNREADABLE as error:
         raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.") from error
-    if not isinstance(content, dict) or not set(CHECKPOINT_KEYS) <= content.keys():
+    if not _is_checkpoint(content):
         raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.")
     return content
+
+
+def _is_checkpoint(content: Any) -> bool:
+    if not isinstance(content, dict) or not set(CHECKPOINT_KEYS) <= content.keys():
+        return False
+    shape, genres = content["image_shape"], content["genres"]
+    return (
+        all(isinstance(content[name], dict) for name in ("model_state", "config"))
+        and all(isinstance(part, list) for part in (shape, genres))
+        and all(isinstance(size, int) and size >= MIN_FRAMES for size in shape)
+        and all(isinstance(genre, str) for genre in genres)
+        and (len(shape), len(set(genres))) == (2, len(genres))
+        and isinstance(content["epoch"], int)
+        and isinstance(content["preset"], str)
+    )
 
 
 def saved_config(path: Path, saved: dict[str, Any]) -> TrainConfig:
@@ -727,13 +416,26 @@ def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.M
     ):
         if found != wanted:
             raise FmaNbError(f"{path} is a checkpoint of {what} {found!r}, not {wanted!r}.")
-    config = saved_config(path, saved)
-    network = build_model(model, len(pack.genres), *saved["image_shape"], **config.architecture())
+    return to_device(build_network(path, saved), device)
+
+
+def build_network(path: Path, saved: dict[str, Any]) -> nn.Module:
+    """Build the network of a checkpoint that was read from ``path``.
+
+    Raises
+    ------
+    FmaNbError
+        When the weights are not those of the architecture in its configuration, or not numbers.
+    """
+    config, state = saved_config(path, saved), saved["model_state"]
+    network = build_model(config.model, len(saved["genres"]), *saved["image_shape"], **config.architecture())
     try:
-        network.load_state_dict(saved["model_state"])
-    except RuntimeError as error:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise FmaNbError(f"{path} holds weights of another architecture: train again.") from error
-    return to_device(network, device)
+    if not all(bool(value.isfinite().all()) for value in network.state_dict().values()):
+        raise FmaNbError(f"{path} holds weights that are not numbers: train again.")
+    return network
 
 
 def _matching_checkpoint(
@@ -764,8 +466,8 @@ def _write_log(path: Path, row: dict[str, float]) -> None:
         rows.sort_values(["seed", "epoch"]).to_csv(temporary, index=False)
 
 
-def read_log(path: Path) -> pd.DataFrame:
-    """Read a training log: a row an epoch, columns `LOG_COLUMNS`.
+def read_log(path: Path, seeds: Iterable[int] | None = None) -> pd.DataFrame:
+    """Read a training log: a row an epoch, columns `LOG_COLUMNS`, of all seeds or of some.
 
     Raises
     ------
@@ -778,47 +480,4 @@ def read_log(path: Path) -> pd.DataFrame:
         raise FmaNbError(f"{path} is missing or damaged: train the model again.") from error
     if list(rows.columns) != LOG_COLUMNS:
         raise FmaNbError(f"{path} is not a training log: remove it and train again.")
-    return rows
-
-
-def keep_seeds(path: Path, kept: Sequence[int]) -> None:
-    """Drop the rows of other seeds from a log: what an earlier run with more seeds left there."""
-    log = read_log(path)
-    if not log["seed"].isin(kept).all():
-        with atomic_path(path) as temporary:
-            log[log["seed"].isin(kept)].to_csv(temporary, index=False)
-
-
-def changed_config(config: TrainConfig, changes: Iterable[tuple[str, str]]) -> TrainConfig:
-    """Return a configuration with fields changed by name, their values given as text.
-
-    Raises
-    ------
-    FmaNbError
-        When there is no such field, or its value is of another type or out of range.
-    """
-    types = {field.name: type(field.default) for field in fields(TrainConfig)} | {"warmup": float}
-    given: dict[str, Any] = {}
-    for name, text in changes:
-        if name not in types:
-            raise FmaNbError(f"-p {name}: the recipe has no such field; it has {', '.join(sorted(types))}.")
-        given[name] = typed(name, text, types[name])
-    return replace(config, **given)
-
-
-def typed(name: str, text: str, kind: type) -> Any:
-    """Turn the text of ``-p NAME TEXT`` into a value of a type, or raise `FmaNbError`."""
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError) as error:
-        raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
-
-
-def seeds(config: TrainConfig, n_seeds: int) -> Iterator[TrainConfig]:
-    """Yield the configuration with ``n_seeds`` consecutive seeds."""
-    if n_seeds < 1:
-        raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
-    for i in range(n_seeds):
-        yield replace(config, seed=config.seed + i)
+    return rows if seeds is None else rows[rows["seed"].isin(list(seeds))]

@@ -33,10 +33,12 @@ from fma_nb.evaluation import artist_groups, correct_matrix, paired_difference
 from fma_nb.metadata import GENRES
 from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
 from fma_nb.project import FmaNbError, data_dir, outputs_dir, spectrogram_dir
-from fma_nb.training import TrainConfig, default_config
+from fma_nb.recipe import TrainConfig, default_config
+from fma_nb.training import read_log, run_files
 
 RUN = "tiny"
 N_SEEDS = 2
+N_EPOCHS = 4
 # What lets a small CRNN learn something in one epoch from bands at a genre's own height.
 QUICK = {
     "epochs": "1",
@@ -90,32 +92,8 @@ def printed() -> str:
 
 # ----- rows -----
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "final": {},
-    "no_gru": {"model": "crnn_no_gru"},
-    "lstm": {"model": "crnn_lstm"},
-    "one_way": {"model": "crnn_one_way"},
-    "shuffled": {"model": "crnn_shuffled"},
-    "no_time_shift": {"time_shift": False},
-    "no_stretch": {"stretch": 0},
-    "no_mel_shift": {"mel_shift": 0},
-    "no_gain": {"gain": 0},
-    "no_warp": {"stretch": 0, "mel_shift": 0, "gain": 0},
-    "no_masks": {"freq_mask": 0, "time_mask": 0},
-    "no_label_smoothing": {"label_smoothing": 0},
-    "no_weight_decay": {"weight_decay": 0},
-    "no_schedule": {"warmup": None},
-    "no_muon": {"optimizer": "adamw"},
-    "no_ema": {"ema": 0},
-    "no_dropout": {"dropout": 0},
-    "mean_pooling": {"pooling": "mean"},
-    "no_band_norm": {"band_norm": False},
-    "half_width": {"width": 0.5},
-    "mixup": {"mixup": 0.3},
-    "crop": {"crop": 0.5},
-    "longer": {"epochs": 80},
-    "baseline_with_recipe": {"model": "baseline"},
-}
+# Rows that take out what the plain recipe has as well, or has in another form.
+NOT_PLAIN = {"no_gru": "crnn_no_gru", "no_muon": "adamw", "no_dropout": 0.0, "no_band_norm": False}
 
 
 def changed_fields(config: TrainConfig, base: TrainConfig) -> dict[str, Any]:
@@ -123,18 +101,21 @@ def changed_fields(config: TrainConfig, base: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if value != before[name]}
 
 
-def test_the_rows_are_those_that_this_file_knows() -> None:
-    assert ROWS.keys() == CHANGES.keys()
-
-
-@pytest.mark.parametrize("row", CHANGES)
+@pytest.mark.parametrize("row", ROWS)
 def test_a_row_changes_what_its_name_says_and_nothing_else(row: str) -> None:
     """A change that left the final recipe as it is would measure nothing."""
     base = replace(default_config("crnn"), epochs=7, seed=5)
-    assert changed_fields(row_config(row, base), base) == CHANGES[row]
+    changed = changed_fields(row_config(row, base), base)
+    assert changed.keys() == ROWS[row].keys()
+    assert bool(changed) == (row != "final")
+    if row in NOT_PLAIN:
+        assert list(changed.values()) == [NOT_PLAIN[row]]
+    elif row.startswith("no_"):
+        plain = asdict(TrainConfig())
+        assert changed == {name: plain[name] for name in changed}
 
 
-@pytest.mark.parametrize("row", [*CHANGES, *PLAIN_ROWS])
+@pytest.mark.parametrize("row", [*ROWS, *PLAIN_ROWS])
 def test_every_row_gives_a_network_that_answers(row: str) -> None:
     config = row_config(row, replace(default_config("crnn"), width=0.25))
     network = build_model(config.model, 8, 128, 128, **config.architecture()).eval()
@@ -165,10 +146,13 @@ def test_architectures_differ_as_their_names_say() -> None:
     assert (final.dropout.p, network("no_dropout").dropout.p) == (0.3, 0)
 
 
-@pytest.mark.parametrize(("row", "model"), [("crnn_plain", "crnn"), ("baseline", "baseline")])
-def test_plain_rows_train_as_the_baseline_does(row: str, model: str) -> None:
+@pytest.mark.parametrize(
+    ("row", "change"),
+    [("crnn_plain", {"model": "crnn"}), ("baseline", {}), ("baseline_longer", {"epochs": 24})],
+)
+def test_plain_rows_train_as_the_baseline_does(row: str, change: dict[str, Any]) -> None:
     config = row_config(row, default_config("crnn"))
-    assert config == replace(default_config("baseline"), model=model)
+    assert config == replace(default_config("baseline"), **change)
     assert config.optimizer == "adam" and config.warmup is None and not config.time_shift
     assert config.crop == 1
     assert config.stretch == config.gain == config.freq_mask == config.mixup == config.ema == 0
@@ -201,7 +185,8 @@ def test_the_csv_has_a_line_a_training_with_the_metrics_numbers(printed: str) ->
         result = metrics["seeds"][line["seed"] - 3]
         assert line["model"] == metrics["model"] == model
         assert line["epochs"] == result["epochs"] == 1
-        assert line["best_epoch"] == result["best_epoch"] == 0
+        assert line["best_epoch"] == result["best_epoch"] == 1
+        assert line["last_val_accuracy"] == line["val_accuracy"]  # of a single epoch
         assert line["val_accuracy"] == pytest.approx(result["val"]["accuracy"], abs=1e-5)
         assert line["val_macro_f1"] == pytest.approx(result["val"]["macro_f1"], abs=1e-5)
         assert line["parameters"] == count_parameters(build_model(model, 8, 32, 32, width=0.25))
@@ -239,7 +224,7 @@ def test_a_second_run_trains_nothing_again(printed: str) -> None:
 def test_the_table_compares_every_row_with_the_final_recipe(printed: str) -> None:
     table = ablation_table(RUN).set_index("row")
     assert list(table.index) == ["final", "no_gru"]
-    assert table.loc["final", "difference"] == 0
+    assert table.loc["final", ["difference", "low", "high"]].isna().all()
     matrices = {row: correct_matrix(metrics, "val") for row, metrics in finished_rows(RUN).items()}
     assert not matrices["no_gru"].equals(matrices["final"])  # else this test would show little
     groups = artist_groups("fma_small", list(matrices["final"].columns))
@@ -255,6 +240,7 @@ def test_the_table_compares_every_row_with_the_final_recipe(printed: str) -> Non
         assert line["val_mean"] == pytest.approx(statistics.mean(accuracies))
         assert line["val_std"] == pytest.approx(statistics.stdev(accuracies))
         assert (line["seeds"], line["epochs"]) == (N_SEEDS, 1)
+        assert line["last_mean"] == pytest.approx(line["val_mean"])  # of a single epoch
     shown = re.search(r"no_gru +2 +1 +([\d.]+)", printed)
     assert shown and float(shown[1]) == pytest.approx(found["val_mean"], abs=1e-4)
 
@@ -272,7 +258,7 @@ def test_a_run_without_the_final_recipe_has_no_table() -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_a_row_made_from_other_data_is_left_out() -> None:
+def test_a_row_made_from_other_data_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     """Answers to other clips cannot be compared clip by clip; after a new training they can."""
     write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1})
     assert ablate("--rows", "final,no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
@@ -280,9 +266,45 @@ def test_a_row_made_from_other_data_is_left_out() -> None:
     assert ablation_table(RUN)["val_std"].isna().all()  # no spread of one seed
     write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1}, seed=1)
     assert ablate("--rows", "no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
+    capsys.readouterr()
     assert ablation_table(RUN)["row"].tolist() == ["final"]
+    assert "Left out, made from other data or with another recipe: no_gru" in capsys.readouterr().out
     assert ablate("--rows", "final", "--seeds", "1", dataset="fma_mini")[0] == 0
     assert ablation_table(RUN)["row"].tolist() == ["final", "no_gru"]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_row_made_with_another_recipe_is_left_out() -> None:
+    """Else a change of the recipe would be taken for the effect of the row."""
+    write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1})
+    assert ablate("--rows", "final,no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
+    assert ablate("--rows", "no_gru", "--seeds", "1", "-p", "gain", "3", dataset="fma_mini")[0] == 0
+    assert ablation_table(RUN)["row"].tolist() == ["final"]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_test_split_that_appears_later_trains_nothing_again() -> None:
+    folder = spectrogram_dir("fma_mini", "compact")
+    write_png_tree(folder, {"train": 2, "val": 1, "test": 1})
+    (folder / "test").rename(folder.parent / "held back")
+    assert ablate("--rows", "final", "--seeds", "1", dataset="fma_mini")[0] == 0
+    before = stamps(outputs_dir() / RUN)
+    (folder.parent / "held back").rename(folder / "test")
+    assert ablate("--rows", "final,no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
+    after = stamps(outputs_dir() / RUN)
+    assert {path: after[path] for path in before} == before
+    assert ablation_table(RUN)["row"].tolist() == ["final", "no_gru"]
+
+
+@pytest.mark.usefixtures("project")
+def test_fewer_seeds_lose_nothing_that_was_trained() -> None:
+    write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1})
+    assert ablate("--rows", "final", "--seeds", "3", dataset="fma_mini")[0] == 0
+    before = stamps(outputs_dir() / RUN)
+    for n_seeds in (1, 3):
+        assert ablate("--rows", "final", "--seeds", str(n_seeds), dataset="fma_mini")[0] == 0
+        assert ablation_table(RUN)["seeds"].tolist() == [n_seeds]
+    assert stamps(outputs_dir() / RUN) == before
 
 
 @pytest.mark.parametrize(
@@ -403,16 +425,20 @@ def test_fewer_than_two_folds_are_refused(n_folds: int) -> None:
 @pytest.mark.usefixtures("printed")
 def test_cross_validation_prints_an_accuracy_a_fold() -> None:
     rows_before = list(finished_rows(RUN))
-    status, text = ablate("--folds", "2")
+    status, text = ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.5")
     assert status == 0
     last = text.splitlines()[-1]
-    accuracies = []
+    accuracies, best = [], []
     pack = load_pack("fma_small", "compact")
     for i, fold in enumerate(folds(pack, 2)):
-        metrics = metrics_of(f"fold{i}of2", "crnn")
+        metrics = metrics_of(f"fold{i + 1}of2", "crnn")
         assert metrics["fingerprint"] == fold.fingerprint
         assert set(metrics["labels"]["val"]) == {str(track_id) for track_id in ids(fold, "val")}
-        accuracies.append(metrics["seeds"][0]["val"]["accuracy"])
+        log = read_log(run_files(f"{RUN}/ablation/fold{i + 1}of2", "crnn", 3, 3).log)
+        assert len(log) == N_EPOCHS
+        accuracies.append(log["val_accuracy"].iloc[-1])
+        best.append(log["val_accuracy"].max())
+    assert accuracies != best  # else this test could not tell the last epoch from the best one
     listed = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
     assert last == f"2 folds of the training split: {listed} mean {statistics.mean(accuracies):.4f}"
     assert list(finished_rows(RUN)) == rows_before  # folds are no rows of the ablation
@@ -423,5 +449,7 @@ def test_cross_validation_prints_an_accuracy_a_fold() -> None:
     assert table["held_out_clips"].sum() == n_clips
 
     before = stamps(outputs_dir() / RUN)
-    assert ablate("--folds", "2")[1].splitlines()[-1] == last
+    assert (
+        ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.5")[1].splitlines()[-1] == last
+    )
     assert stamps(outputs_dir() / RUN) == before

@@ -105,7 +105,10 @@ def test_reopening_changes_nothing(folder: Path, tree: Tree) -> None:
 
 
 def change_a_pixel(folder: Path, tree: Tree) -> None:
-    track_id = max(tree)
+    _change_a_pixel_of(max(i for i, (split, _, _) in tree.items() if split == "val"), folder, tree)
+
+
+def _change_a_pixel_of(track_id: int, folder: Path, tree: Tree) -> None:
     split, genre, image = tree[track_id]
     image = image.copy()
     image[3, 4] ^= 1
@@ -148,6 +151,17 @@ def test_the_pack_follows_the_pngs(folder: Path, tree: Tree, change: Callable[[P
     # The fingerprint tells of the data alone, not of how the pack came about.
     shutil.rmtree(folder / "pack")
     assert load().fingerprint == pack.fingerprint
+
+
+def test_the_fingerprint_does_not_know_of_the_test_split(folder: Path, tree: Tree) -> None:
+    """Opening the test split at the end must not look like other data to train on."""
+    before = load().fingerprint
+    _change_a_pixel_of(max(i for i, (split, _, _) in tree.items() if split == "test"), folder, tree)
+    pack = load()
+    assert_pack_holds(pack, tree)
+    assert pack.fingerprint == before
+    shutil.rmtree(folder / "test")
+    assert load().fingerprint == before
 
 
 @pytest.mark.usefixtures("tree")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from fma_nb import dataset, model, training
+from fma_nb import dataset, model, recipe, training
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("0*.ipynb"))
 
@@ -118,7 +118,7 @@ def test_the_loop_of_notebook_03_is_the_packages():
     trained = namespace["train_one_epoch"](ours.model, batches, ours.optimizer)
     judged = namespace["evaluate"](ours.model.train(), batches)
     theirs, cpu = seeded_baseline(), torch.device("cpu")
-    config = training.TrainConfig(bfloat16=False)
+    config = recipe.TrainConfig(bfloat16=False)
     assert trained == pytest.approx(training.train_epoch(theirs, config, 0, batches, cpu))
     assert judged == pytest.approx(training.score_loader(theirs.model.train(), batches, cpu, bfloat16=False))
     for name, value in ours.model.state_dict().items():

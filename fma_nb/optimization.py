@@ -1,0 +1,132 @@
+"""Stage 6c, optimization: how a gradient becomes a step, how long the steps are, and what is averaged.
+
+References
+----------
+I. Loshchilov, F. Hutter: "Decoupled Weight Decay Regularization", ICLR 2019 (AdamW).
+K. Jordan et al.: "Muon: An optimizer for hidden layers in neural networks", 2024.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fma_nb.recipe import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build a recipe's optimizer; weight decay is for matrices and filters only.
+
+    Biases and the gains of batch normalisation are vectors; pulling them to zero regularises nothing.
+    """
+    filters = [p for p in model.parameters() if p.ndim == 4]
+    matrices = [p for p in model.parameters() if 1 < p.ndim < 4]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": filters, "weight_decay": config.weight_decay},
+    ]
+    if config.optimizer == "muon":
+        return Muon(groups[:2], filters, lr=config.lr, filter_lr=config.filter_lr)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=config.lr)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the filters of convolutions, AdamW for all other parameters.
+
+    A gradient is dominated by a few directions, and so is a step along it. Muon makes the averaged gradient
+    of a layer, as a matrix [shape=(n_out, n_in * height * width)], orthogonal: the step goes equally far in
+    every direction that the layer can move in, and rare patterns are learnt as fast as common ones. The
+    CRNN's filters stand before batch normalisation, where their length means nothing; it is kept fixed, so
+    that ``filter_lr`` is the relative length of a step. For the baseline, which has no batch normalisation,
+    that fixed length is a constraint of its own.
+
+    References
+    ----------
+    K. Jordan et al.: "Muon: An optimizer for hidden layers in neural networks", 2024.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        filters: list[nn.Parameter],
+        lr: float,
+        filter_lr: float,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__(groups, lr=lr)
+        self.add_param_group({"params": filters, "lr": filter_lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters; AdamW leaves those alone that have no gradient any more."""
+        group = self.param_groups[-1]
+        for filters in group["params"]:
+            state = self.state[filters]
+            if not state:  # under the names that AdamW uses, which reads them back
+                state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(filters)
+            state["exp_avg"].lerp_(filters.grad, 1 - group["momentum"])
+            direction = filters.grad.lerp(state["exp_avg"], group["momentum"])
+            filters.mul_(len(filters) ** 0.5 / filters.norm())
+            filters.sub_(orthogonal(direction.flatten(1)).view(filters.shape), alpha=group["lr"])
+            filters.grad = None
+        return super().step(closure)
+
+
+def orthogonal(matrix: Tensor, n_steps: int = 5) -> Tensor:
+    """Push all singular values of a matrix towards 1, by Newton and Schulz's iteration.
+
+    Five steps with these coefficients bring them to between 0.7 and 1.2, which is as good as 1 for a step.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(n_steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
+    """Return the share of the learning rate at each step: linear rise, then half a cosine to zero."""
+    if warmup is None:
+        return lambda _: 1.0
+    rise = max(1, round(warmup * n_steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
+
+    return factor
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights and buffers, which forgets faster while it is young.
+
+    PyTorch's `AveragedModel` counts on the device, and reading its count would stall a GPU in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.n_updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the weights of ``model``."""
+        kept = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates)) if self.n_updates else 0.0
+        averages, weights = self.module.state_dict(), model.state_dict()
+        for name, average in averages.items():
+            if average.is_floating_point():
+                average.lerp_(weights[name], 1 - kept)
+            else:
+                average.copy_(weights[name])
+        self.n_updates += 1

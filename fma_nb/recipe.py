@@ -1,0 +1,191 @@
+"""Stage 6a, recipe: everything that decides how a model is trained, one field an ingredient.
+
+Notebook 04 says what each ingredient of the CRNN's recipe is for; `fma_nb.ablation` takes each of them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fma_nb.model import MODELS, POOLINGS
+from fma_nb.project import FmaNbError
+
+CONFIG_CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
+    ("model", MODELS),
+    ("optimizer", ("adam", "adamw", "muon")),
+    ("pooling", POOLINGS),
+    ("time_shift", (True, False)),
+    ("band_norm", (True, False)),
+    ("bfloat16", (True, False)),
+)
+CONFIG_RANGES = (
+    ("epochs", 1, 100_000),
+    ("batch_size", 1, 100_000),
+    ("lr", 1e-12, 1e12),
+    ("filter_lr", 1e-12, 1e12),
+    ("seed", 0, 2**31),
+    ("weight_decay", 0, 1e6),
+    ("label_smoothing", 0, 1),
+    ("freq_mask", 0, 1),
+    ("time_mask", 0, 1),
+    ("crop", 0.05, 1),
+    ("stretch", 0, 0.9),
+    ("mel_shift", 0, 64),
+    ("gain", 0, 40),
+    ("mixup", 0, 1e6),
+    ("ema", 0, 0.99999),
+    ("dropout", 0, 0.95),
+    ("width", 0.1, 8),
+    ("patience", 0, 100_000),
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides how a model is trained; each ingredient is one field.
+
+    Attributes
+    ----------
+    model
+        One of `fma_nb.model.MODELS`.
+    epochs, batch_size, lr, seed
+        As usual; ``lr`` is the highest learning rate.
+    optimizer
+        ``adam``; ``adamw`` with ``weight_decay``; or ``muon``, which is `Muon` with ``filter_lr`` for the
+        convolutions' filters and AdamW for the rest.
+    warmup
+        Share of the steps over which ``lr`` rises from zero before it falls to zero as a cosine;
+        ``None`` keeps it constant.
+    label_smoothing
+        Share of the target spread over all genres.
+    time_shift
+        Rotate each training clip in time by a random number of frames.
+    crop
+        Share of each training clip's frames that is seen, from a random start; the whole clip is evaluated.
+    stretch
+        Play each training clip faster or slower by up to this share.
+    mel_shift
+        Move each training clip up or down by up to this number of mel bands.
+    gain
+        Colour each training clip: a random smooth gain over the mel bands with this spread, in dB.
+    freq_mask, time_mask
+        Longest SpecAugment mask, as a share of the mel bands and of the frames.
+    mixup
+        Alpha of mixup's Beta distribution; 0 switches it off.
+    ema
+        Decay of the exponential moving average of the weights that is evaluated and kept instead of the
+        last weights themselves; 0 switches it off.
+    pooling, band_norm, width, dropout
+        Of the CRNN's architecture, see `fma_nb.model.CRNN`.
+    patience
+        Stop after this many epochs without a better validation accuracy; 0 never stops early.
+    bfloat16
+        Run convolutions in bfloat16 where the processor computes with it.
+    """
+
+    model: str = "baseline"
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 1e-3
+    seed: int = 0
+    optimizer: str = "adam"
+    filter_lr: float = 0.012
+    weight_decay: float = 0.0
+    warmup: float | None = None
+    label_smoothing: float = 0.0
+    time_shift: bool = False
+    crop: float = 1.0
+    stretch: float = 0.0
+    mel_shift: int = 0
+    gain: float = 0.0
+    freq_mask: float = 0.0
+    time_mask: float = 0.0
+    mixup: float = 0.0
+    ema: float = 0.0
+    pooling: str = "mean_max"
+    band_norm: bool = True
+    width: float = 1.0
+    dropout: float = 0.3
+    patience: int = 0
+    bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, by name."""
+        for name, choices in CONFIG_CHOICES:
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(map(str, choices))
+                raise FmaNbError(f"{name}={getattr(self, name)!r} is unknown: choose one of {wanted}.")
+        for name, low, high in CONFIG_RANGES:
+            value = getattr(self, name)
+            whole = isinstance(getattr(type(self), name), int)
+            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.")
+        if self.warmup is not None and not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup <= 1):
+            raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the options of `fma_nb.model.build_model`."""
+        if self.model == "baseline":
+            return {}
+        names = ("pooling", "band_norm", "width", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+
+def default_config(model: str) -> TrainConfig:
+    """Return a model's own recipe: plain Adam for the baseline, the modern one for the CRNN."""
+    if model == "baseline":
+        return TrainConfig(model)
+    return TrainConfig(
+        model,
+        epochs=24,
+        lr=2e-3,
+        optimizer="muon",
+        weight_decay=0.05,
+        warmup=0.15,
+        label_smoothing=0.1,
+        time_shift=True,
+        stretch=0.2,
+        mel_shift=3,
+        gain=5.0,
+        freq_mask=0.15,
+        time_mask=0.15,
+        ema=0.995,
+    )
+
+
+def changed_config(config: TrainConfig, changes: Iterable[tuple[str, str]]) -> TrainConfig:
+    """Return a configuration with fields changed by name, their values given as text.
+
+    Raises
+    ------
+    FmaNbError
+        When there is no such field, or its value is of another type or out of range.
+    """
+    types = {field.name: type(field.default) for field in fields(TrainConfig)} | {"warmup": float}
+    given: dict[str, Any] = {}
+    for name, text in changes:
+        if name not in types:
+            raise FmaNbError(f"-p {name}: the recipe has no such field; it has {', '.join(sorted(types))}.")
+        given[name] = typed(name, text, types[name])
+    return replace(config, **given)
+
+
+def typed(name: str, text: str, kind: type) -> Any:
+    """Turn the text of ``-p NAME TEXT`` into a value of a type, or raise `FmaNbError`."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
+
+
+def seeds(config: TrainConfig, n_seeds: int) -> Iterator[TrainConfig]:
+    """Yield the configuration with ``n_seeds`` consecutive seeds."""
+    if n_seeds < 1:
+        raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
+    for i in range(n_seeds):
+        yield replace(config, seed=config.seed + i)
