@@ -83,27 +83,30 @@ def train_and_evaluate(
     configs = list(seeds(config, n_seeds))
     for one in configs:
         fit(one, pack, run_files(run, one.model, one.seed, config.seed), device, progress=progress)
-    results = [_seed_result(one, pack, run, config.seed, splits, device) for one in configs]
+    metrics = _circumstances(config, pack, device) | {
+        "labels": {split: _labels(pack, split) for split in splits},
+        "seeds": [_seed_result(one, pack, run, config.seed, splits, device) for one in configs],
+    }
+    write_metrics(metrics_path(run, config.model), metrics)
+    return metrics
+
+
+def _circumstances(config: TrainConfig, pack: Pack, device: torch.device) -> Metrics:
     n_mels, n_frames = pack.splits["train"].images.shape[1:]
-    metrics = {
+    network = build_model(config.model, len(pack.genres), n_mels, n_frames, **config.architecture())
+    return {
         "model": config.model,
         "dataset": pack.dataset,
         "synthetic": pack.dataset in SYNTHETIC_DATASETS,
         "preset": pack.preset,
         "genres": list(pack.genres),
         "fingerprint": pack.fingerprint,
-        "n_parameters": count_parameters(
-            build_model(config.model, len(pack.genres), n_mels, n_frames, **config.architecture())
-        ),
+        "n_parameters": count_parameters(network),
         "config": asdict(config),
         "device": device_name(device),
         "versions": versions(),
         "date": date.today().isoformat(),
-        "labels": {split: _labels(pack, split) for split in splits},
-        "seeds": results,
     }
-    write_metrics(metrics_path(run, config.model), metrics)
-    return metrics
 
 
 def chosen_split(dataset: str, evaluation_split: str) -> str:
