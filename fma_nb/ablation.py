@@ -51,21 +51,26 @@ ROWS: dict[str, dict[str, Any]] = {
     "no_dropout": {"dropout": 0.0},
     "mean_pooling": {"pooling": "mean"},
     "no_band_norm": {"band_norm": False},
-    "half_width": {"width": 0.5},
     # One ingredient more.
     "mixup": {"mixup": 0.3},
     "crop": {"crop": 0.5},
-    "shorter": {"epochs": 12},
-    "longer": {"epochs": 48},
     # Architecture and recipe apart.
     "baseline_with_recipe": {"model": "baseline"},
 }
-# Changes of the baseline's plain recipe: Adam, a constant learning rate, no augmentation.
+# The same in another size: a field of the final recipe, and the factor on it.
+SCALED_ROWS: dict[str, tuple[str, float]] = {
+    "half_width": ("width", 0.5),
+    "shorter": ("epochs", 0.5),
+    "longer": ("epochs", 2),
+}
+# Changes of the baseline's plain recipe: Adam, a constant learning rate, no augmentation. They do not depend
+# on the final recipe, so they belong beside the one at full width.
 PLAIN_ROWS: dict[str, dict[str, Any]] = {
     "crnn_plain": {"model": "crnn"},
     "baseline": {},
     "baseline_longer": {"epochs": 24},
 }
+ALL_ROWS = (*ROWS, *SCALED_ROWS, *PLAIN_ROWS)
 CSV_COLUMNS = [
     *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_macro_f1", "last_val_accuracy"),
     *("parameters", "seconds", "device", "date"),
@@ -78,7 +83,8 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
     Parameters
     ----------
     row
-        One of `ROWS`, which change ``base``, or of `PLAIN_ROWS`, which change the baseline's own recipe.
+        One of `ROWS` or `SCALED_ROWS`, which change ``base``, or of `PLAIN_ROWS`, which change the baseline's
+        own recipe.
     base
         The final recipe.
 
@@ -89,8 +95,12 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
     """
     if row in PLAIN_ROWS:
         return replace(default_config("baseline"), **PLAIN_ROWS[row])
+    if row in SCALED_ROWS:
+        name, factor = SCALED_ROWS[row]
+        value = getattr(base, name)
+        return replace(base, **{name: max(1, round(factor * value)) if name == "epochs" else factor * value})
     if row not in ROWS:
-        raise FmaNbError(f"--rows {row}: choose among {', '.join((*ROWS, *PLAIN_ROWS))}.")
+        raise FmaNbError(f"--rows {row}: choose among {', '.join(ALL_ROWS)}.")
     return replace(base, **ROWS[row])
 
 
@@ -117,9 +127,9 @@ def _row_run(run: str, row: str) -> str:
 
 
 def finished_rows(run: str) -> dict[str, Metrics]:
-    """Read the metrics of every row of a run that is finished, in the order of `ROWS`."""
+    """Read the metrics of every row of a run that is finished, in the order of `ALL_ROWS`."""
     found = {}
-    for row in (*ROWS, *PLAIN_ROWS):
+    for row in ALL_ROWS:
         paths = list((run_dir(_row_run(run, row)) / "metrics").glob("*.json"))
         if paths:
             model = paths[0].stem
@@ -180,7 +190,7 @@ def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
     """Tell whether a row is a change of this final recipe, on the same data."""
     try:
         wanted = asdict(row_config(row, TrainConfig(**final["config"])))
-    except TypeError:  # of another version of this project
+    except (TypeError, FmaNbError):  # of another version of this project
         return False
     config = metrics["config"] | {"seed": wanted["seed"]}
     return bool(config == wanted and metrics["fingerprint"] == final["fingerprint"])
@@ -207,18 +217,20 @@ def _table_line(row: str, metrics: Metrics, final: Metrics) -> dict[str, Any]:
 def folds(pack: Pack, n_folds: int) -> Iterator[Pack]:
     """Cut the training split into folds; yield packs whose validation is one fold each.
 
-    Folds are balanced by genre and tear no artist apart (see `fma_nb.evaluation.artist_groups`). The
-    official validation split is not touched: what comes out is an estimate that nothing was chosen on.
+    Folds are balanced by genre and tear no group of `fma_nb.evaluation.artist_groups` apart. The official
+    validation split is not touched: what comes out is an estimate that no epoch was chosen on.
 
     Raises
     ------
     FmaNbError
-        When there are fewer than two folds.
+        When there are fewer than two folds, or fewer artists than folds.
     """
     if n_folds < 2:
         raise FmaNbError(f"--folds {n_folds} must be at least 2.")
     train = pack.split("train")
     groups = artist_groups(pack.dataset, train.track_ids.tolist())
+    if len(set(groups)) < n_folds:
+        raise FmaNbError(f"--folds {n_folds}: the training split has only {len(set(groups))} artist(s).")
     cutter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
     for i, (kept, held_out) in enumerate(cutter.split(train.track_ids, train.labels, groups)):
         splits = {name: _part(train, chosen) for name, chosen in (("train", kept), ("val", held_out))}

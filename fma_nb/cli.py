@@ -21,12 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
     except FmaNbError as error:
         print(f"fma-nb: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # its reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
     except KeyboardInterrupt:
         print("fma-nb: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
@@ -186,7 +187,7 @@ def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _ablate(options: argparse.Namespace) -> None:
-    from fma_nb.ablation import PLAIN_ROWS, ROWS, ablation_table, cross_validate, run_ablation
+    from fma_nb.ablation import ALL_ROWS, ablation_table, cross_validate, run_ablation
     from fma_nb.dataset import load_pack
     from fma_nb.recipe import changed_config, default_config
     from fma_nb.training import resolve_device
@@ -199,7 +200,7 @@ def _ablate(options: argparse.Namespace) -> None:
         print(f"{len(accuracies)} folds of the training split: ", end="")
         print(", ".join(f"{a:.4f}" for a in accuracies), f"mean {sum(accuracies) / len(accuracies):.4f}")
         return
-    rows = list(filter(None, options.rows.split(","))) or [*ROWS, *PLAIN_ROWS]
+    rows = list(filter(None, options.rows.split(","))) or ALL_ROWS
     path = run_ablation(pack, run, rows, base, options.seeds, device)
     table = ablation_table(run)
     print(table.round(4).to_string(index=False))

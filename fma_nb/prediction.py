@@ -63,9 +63,8 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
         When the file is missing, is no checkpoint of this project, or does not fit its architecture.
     """
     saved = load_checkpoint(path)
-    get_preset(saved["preset"])
     temperature = saved.get("temperature", 1.0)
-    if not isinstance(temperature, float) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise FmaNbError(f"{path} has temperature {temperature!r}, which must be a number above 0.")
     network = build_network(path, saved).eval()
     return Classifier(network, tuple(saved["genres"]), saved["preset"], temperature)

@@ -35,7 +35,9 @@ from fma_nb.optimization import MovingAverage, lr_factor, make_optimizer
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, atomic_path, keep_freed_memory, run_dir
 from fma_nb.recipe import TrainConfig
+from fma_nb.spectrogram import PRESETS
 
+MAX_FRAMES = 100_000  # 39 minutes of the `full` preset; a damaged file may ask for more than fits into memory
 CHECKPOINT_KEYS = ("epoch", "model_state", "config", "genres", "preset", "image_shape")
 # What torch.load was seen to raise for cut, flipped and foreign files.
 _UNREADABLE = (
@@ -306,7 +308,7 @@ def _check_finite(losses: Tensor, config: TrainConfig, epoch: int) -> None:
 
 
 def _not_a_number(config: TrainConfig, epoch: int, where: str) -> FmaNbError:
-    kept = "the checkpoints are those of the epoch before" if epoch else "there is no checkpoint yet"
+    kept = "the checkpoints are those of the epoch before" if epoch else "this training has saved nothing yet"
     return FmaNbError(
         f"{config.model}: the loss is not a number in epoch {epoch + 1}, {where}; {kept}. "
         f"Try a smaller lr. Configuration: {asdict(config)}"
@@ -384,11 +386,12 @@ def _is_checkpoint(content: Any) -> bool:
     return (
         all(isinstance(content[name], dict) for name in ("model_state", "config"))
         and all(isinstance(part, list) for part in (shape, genres))
-        and all(isinstance(size, int) and size >= MIN_FRAMES for size in shape)
+        and all(isinstance(size, int) and MIN_FRAMES <= size <= MAX_FRAMES for size in shape)
         and all(isinstance(genre, str) for genre in genres)
         and (len(shape), len(set(genres))) == (2, len(genres))
         and isinstance(content["epoch"], int)
         and isinstance(content["preset"], str)
+        and content["preset"] in PRESETS
     )
 
 
@@ -396,7 +399,7 @@ def saved_config(path: Path, saved: dict[str, Any]) -> TrainConfig:
     """Return the configuration in a checkpoint, or raise `FmaNbError` when it is of another version."""
     try:
         return TrainConfig(**saved["config"])
-    except TypeError as error:
+    except (TypeError, FmaNbError) as error:
         raise FmaNbError(f"{path} was made by another version of this project: train again.") from error
 
 
@@ -410,7 +413,7 @@ def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.M
     """
     saved = load_checkpoint(path, device)
     for what, found, wanted in (
-        ("model", saved["config"]["model"], model),
+        ("model", saved_config(path, saved).model, model),
         ("preset", saved["preset"], pack.preset),
         ("genres", tuple(saved["genres"]), pack.genres),
     ):
@@ -468,6 +471,8 @@ def _write_log(path: Path, row: dict[str, float]) -> None:
 
 def read_log(path: Path, seeds: Iterable[int] | None = None) -> pd.DataFrame:
     """Read a training log: a row an epoch, columns `LOG_COLUMNS`, of all seeds or of some.
+
+    Its epochs are counted from 0.
 
     Raises
     ------

@@ -19,8 +19,8 @@ from conftest import assert_one_sentence, track_row, write_png_tree, write_track
 from PIL import Image
 
 from fma_nb.ablation import (
+    ALL_ROWS,
     CSV_COLUMNS,
-    PLAIN_ROWS,
     ROWS,
     ablation_table,
     finished_rows,
@@ -28,7 +28,7 @@ from fma_nb.ablation import (
     row_config,
 )
 from fma_nb.cli import main
-from fma_nb.dataset import Pack, load_pack
+from fma_nb.dataset import Pack, Split, load_pack
 from fma_nb.evaluation import artist_groups, correct_matrix, paired_difference
 from fma_nb.metadata import GENRES
 from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
@@ -115,7 +115,23 @@ def test_a_row_changes_what_its_name_says_and_nothing_else(row: str) -> None:
         assert changed == {name: plain[name] for name in changed}
 
 
-@pytest.mark.parametrize("row", [*ROWS, *PLAIN_ROWS])
+@pytest.mark.parametrize(
+    ("row", "name", "value"),
+    [
+        ("half_width", "width", 0.7),
+        ("shorter", "epochs", 7),
+        ("longer", "epochs", 28),
+        ("crop", "crop", 0.5),
+        ("mixup", "mixup", 0.3),
+        ("mean_pooling", "pooling", "mean"),
+    ],
+)
+def test_other_rows_do_what_their_names_say(row: str, name: str, value: object) -> None:
+    base = replace(default_config("crnn"), epochs=14, width=1.4)
+    assert changed_fields(row_config(row, base), base) == {name: value}
+
+
+@pytest.mark.parametrize("row", ALL_ROWS)
 def test_every_row_gives_a_network_that_answers(row: str) -> None:
     config = row_config(row, replace(default_config("crnn"), width=0.25))
     network = build_model(config.model, 8, 128, 128, **config.architecture()).eval()
@@ -406,12 +422,30 @@ def test_tracks_of_one_artist_stay_together() -> None:
             for fold in folds(pack, 3)
         )
 
-    assert torn_artists() > 0  # nothing tells the artists yet, else this test would show little
+    assert torn_artists() > 0  # their ids are no neighbours, so nothing tells the artists yet
     rows = [track_row(i, tree[i][1], artist_id=artist) for i, artist in artist_of.items()]
     write_tracks_csv(data_dir() / "raw" / "fma_metadata" / "tracks.csv", rows)
     assert torn_artists() == 0
     for fold in folds(pack, 3):
         assert set(fold.split("val").labels.tolist()) == set(range(8))
+
+
+@pytest.mark.usefixtures("project")
+def test_without_metadata_neighbouring_tracks_stay_together() -> None:
+    pack = Pack("fma_small", "compact", GENRES, "", {"train": neighbours_in_pairs()})
+    for fold in folds(pack, 3):
+        assert not {i // 10 for i in ids(fold, "train")} & {i // 10 for i in ids(fold, "val")}
+    one_run = replace(pack.split("train"), track_ids=np.arange(len(pack.split("train"))))
+    with pytest.raises(FmaNbError) as caught:
+        list(folds(replace(pack, splits={"train": one_run}), 2))
+    assert_one_sentence(caught.value, "--folds 2", "1 artist")
+
+
+def neighbours_in_pairs() -> Split:
+    """48 clips with the ids 10, 11, 20, 21, 30, ... and the genres in turns of two."""
+    track_ids = np.array([10 * (i // 2) + i % 2 for i in range(2, 50)])
+    labels = np.arange(48) // 2 % 8
+    return Split(np.zeros((48, 32, 32), np.uint8), labels, track_ids)
 
 
 @pytest.mark.parametrize("n_folds", [1, 0, -1])

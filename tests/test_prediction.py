@@ -475,6 +475,9 @@ def replaced(name: str, value: Any) -> Callable[[Content], Content]:
         replaced("model_state", {1: torch.zeros(3)}),
         replaced("model_state", {"classifier.bias": "text"}),
         replaced("config", None),
+        replaced("config", {}),
+        replaced("config", {"model": "resnet"}),
+        replaced("image_shape", [128, 10**12]),
         replaced("config", "crnn"),
         replaced("genres", 8),
         replaced("genres", list(range(8))),
@@ -496,7 +499,7 @@ def test_weights_that_do_not_fit_are_refused(
     path = tmp_path / "other.pt"
     torch.save(change(load_checkpoint(SHIPPED_WEIGHTS)), path)
     assert main(["predict", "--weights", str(path), str(song)]) == 2
-    assert_one_sentence(refusal(capsys))
+    assert_one_sentence(refusal(capsys), path)
 
 
 @pytest.mark.parametrize("content", ["missing", "folder", "empty", "text", "cut", "tensor"])
@@ -666,6 +669,17 @@ def test_an_export_goes_into_the_run_and_leaves_the_package_alone(
     assert SHIPPED_WEIGHTS.read_bytes() == before
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(song: Path) -> None:
+    """As `fma-nb predict SONG.mp3 | head -1` is; output is held back where it does not go to a terminal."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "fma_nb", "predict", str(song)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
+
+
 def test_the_last_checkpoint_is_not_needed(exported: Path, tmp_path: Path) -> None:
     shutil.copytree(outputs_dir() / RUN, outputs_dir() / "without_last")
     run_files("without_last", "crnn", FIRST_SEED, FIRST_SEED).last.unlink()
@@ -723,7 +737,8 @@ def test_a_run_without_a_crnn_is_evaluated_with_the_weights_of_the_package(
     predicted = logits.argmax(1)
     accuracy = accuracy_score(labels, predicted)
     interval = re.search(
-        r"accuracy +([\d.]+)\n95 % interval +([\d.]+) to ([\d.]+), over artists, of this one network", text
+        r"accuracy +([\d.]+)\n95 % interval +([\d.]+) to ([\d.]+), over neighbouring tracks, of this one net",
+        text,
     )
     assert interval and interval[1] == f"{accuracy:.4f}"
     assert float(interval[2]) <= accuracy <= float(interval[3])

@@ -467,6 +467,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
         child = start_training(config, data, tmp_path / "killed")
         # Every other one may be killed before it has finished an epoch.
         while n_killed % 2 == 0 and (not last.exists() or last.stat().st_mtime_ns == before):
+            assert child.poll() is None
             time.sleep(0.01)
         time.sleep(moments.uniform(0, epoch_seconds))
         child.kill()
@@ -591,7 +592,7 @@ def test_a_loss_that_is_no_number_stops_training(
     files = copy_of(trained["baseline"], tmp_path / "copy")
     with pytest.raises(FmaNbError) as caught:
         fit(replace(BASELINE, lr=1e12, batch_size=batch_size), pack, files, CPU, progress=False)
-    assert_one_sentence(caught.value, "baseline", "epoch 1", where, "lr", "'batch_size'", "no checkpoint yet")
+    assert_one_sentence(caught.value, "baseline", "epoch 1", where, "lr", "'batch_size'", "saved nothing yet")
     assert checkpoints(files) == checkpoints(trained["baseline"])
     assert files.log.read_bytes() == trained["baseline"].log.read_bytes()
 
