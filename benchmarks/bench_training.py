@@ -50,7 +50,8 @@ CHOICES = (
     "+ the recipe's optimizer and average",
     "a training a core, side by side",
 )
-PLAIN_LOOPS, PACK, CHANNELS_LAST, KEPT_MEMORY, BFLOAT16, AUGMENTATION, RECIPE = 2, 2, 3, 4, 5, 6, 7
+# Places in this list from which on a choice is made.
+PACK, CHANNELS_LAST, KEPT_MEMORY, BFLOAT16, AUGMENTATION, RECIPE = 2, 3, 4, 5, 6, 7
 SIDE_BY_SIDE = 8  # several seeds are trained anyway, and a training makes poor use of a second thread
 NO_AUGMENTATION = {
     "time_shift": False,
@@ -81,7 +82,7 @@ class ImageFolder(Dataset):
 
 def batches(level: int, options: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     device = torch.device(options.device)
-    if level < PLAIN_LOOPS:
+    if level < PACK:
         folder = ImageFolder(spectrogram_dir(options.dataset, options.preset) / "train")
         n_workers = level * (os.cpu_count() or 1)
         loader = DataLoader(

@@ -183,7 +183,9 @@ def ablation_table(run: str) -> pd.DataFrame:
     if len(kept) < len(found):
         others = ", ".join(row for row in found if row not in kept)
         print(f"Left out, made from other data or with another recipe: {others}")
-    return pd.DataFrame([_table_line(row, metrics, found[FINAL]) for row, metrics in kept.items()])
+    final = correct_matrix(found[FINAL], "val")
+    groups = artist_groups(found[FINAL]["dataset"], list(final.columns))
+    return pd.DataFrame([_table_line(row, metrics, final, groups) for row, metrics in kept.items()])
 
 
 def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
@@ -196,10 +198,8 @@ def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
     return bool(config == wanted and metrics["fingerprint"] == final["fingerprint"])
 
 
-def _table_line(row: str, metrics: Metrics, final: Metrics) -> dict[str, Any]:
-    answers = correct_matrix(final, "val")
-    groups = artist_groups(final["dataset"], list(answers.columns))
-    gap = paired_difference(correct_matrix(metrics, "val"), answers, groups)
+def _table_line(row: str, metrics: Metrics, final: pd.DataFrame, groups: Sequence[int]) -> dict[str, Any]:
+    gap = paired_difference(correct_matrix(metrics, "val"), final, groups)
     accuracies = [result["val"]["accuracy"] for result in metrics["seeds"]]
     return {
         "row": row,

@@ -311,6 +311,11 @@ def _summary_row(row: dict[str, Any], splits: Sequence[str]) -> dict[str, str]:
     }
 
 
+def artists_known(dataset: str) -> bool:
+    """Tell whether the metadata that names each track's artist is at hand."""
+    return (metadata_dir(dataset) / "tracks.csv").exists()
+
+
 def artist_groups(dataset: str, track_ids: Sequence[int]) -> list[int]:
     """Return the artist of each track, or a guess at it where the metadata is not at hand.
 
@@ -320,10 +325,9 @@ def artist_groups(dataset: str, track_ids: Sequence[int]) -> list[int]:
     89 % of those that do are found that way (58 tracks). Denser subsets were not checked, and an artist's
     other albums are missed.
     """
-    tracks_csv = metadata_dir(dataset) / "tracks.csv"
-    if not tracks_csv.exists():
+    if not artists_known(dataset):
         return _runs_of_neighbours(np.asarray(track_ids))
-    artists = read_tracks(tracks_csv)["artist", "id"]
+    artists = read_tracks(metadata_dir(dataset) / "tracks.csv")["artist", "id"]
     return [int(artists.get(track_id, -track_id)) for track_id in track_ids]
 
 
@@ -477,8 +481,7 @@ def _evaluation_text(results: Sequence[dict[str, Any]], pack: Pack, split: str) 
     correct = pd.DataFrame(np.array(predicted) == labels, columns=clips.track_ids).astype(float)
     interval = bootstrap_accuracy(correct, artist_groups(pack.dataset, clips.track_ids.tolist()))
     recall = correct.T.groupby(labels).mean().mean(axis=1)
-    known = (metadata_dir(pack.dataset) / "tracks.csv").exists()
-    groups = "artists" if known else "neighbouring tracks"
+    groups = "artists" if artists_known(pack.dataset) else "neighbouring tracks"
     drawn = f"{groups} and seeds" if len(results) > 1 else f"{groups}, of this one network"
     lines = [
         f"{len(clips)} {'synthetic ' * (pack.dataset in SYNTHETIC_DATASETS)}clips, {len(results)} seed(s)",

@@ -20,12 +20,7 @@ from fma_nb.dataset import to_input
 from fma_nb.evaluation import SHIPPED_WEIGHTS, read_metrics
 from fma_nb.project import FmaNbError
 from fma_nb.spectrogram import get_preset, log_mel, to_grey
-from fma_nb.training import (
-    build_network,
-    load_checkpoint,
-    run_files,
-    save_checkpoint,
-)
+from fma_nb.training import build_network, load_checkpoint, run_files, save_checkpoint
 
 SHIPPED_KEYS = ("model_state", "config", "genres", "preset", "image_shape", "epoch", "val_accuracy")
 # Nearly all of FMA's clips have it, so their mel bands mean these frequencies; Hz.

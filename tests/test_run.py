@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -54,6 +55,18 @@ def test_a_second_run_does_nothing_and_a_lost_result_is_made_again(whole_run):
     assert mended.returncode == 0, mended.stderr
     assert mended.stdout.count("up to date") >= 3 and "04_crnn: running" in mended.stdout
     assert metrics.exists()
+
+
+def test_the_comparison_runs_again_when_there_is_an_ablation_to_show(whole_run):
+    folder = whole_run.outputs / "tiny"
+    assert "05_comparison: up to date" in whole_run.again().stdout
+    row = folder / "ablation" / "final" / "metrics" / "crnn.json"
+    row.parent.mkdir(parents=True)
+    shutil.copy(folder / "metrics" / "crnn.json", row)
+    shown = whole_run.again()
+    assert shown.returncode == 0, shown.stderr
+    assert "05_comparison: running" in shown.stdout and shown.stdout.count("up to date") == 4
+    assert "05_comparison: up to date" in whole_run.again().stdout
 
 
 def test_a_failing_cell_stops_the_run_and_is_named(whole_run, monkeypatch):
