@@ -31,9 +31,9 @@ from fma_like import write_dataset
 PIPELINE = """
 import json, resource, sys, time
 from pathlib import Path
-from fma_nb.dataset import load_pack
-from fma_nb.download import Archive, download
-from fma_nb.spectrogram import make_spectrograms
+from fma_nb.bulk.pack import load_pack
+from fma_nb.raw.download import Archive, download
+from fma_nb.bulk.spectrograms import make_spectrograms
 clock, seconds = time.perf_counter(), {}
 def lap(name):
     global clock
@@ -97,7 +97,7 @@ class CompressOnce:
 
 
 def write_archives(folder: Path, n_clips: int, bit_rate_level: float) -> list[tuple[str, str, int, int]]:
-    """Write FMA's two zip files; return what `fma_nb.download.Archive` needs to know of each."""
+    """Write FMA's two zip files; return what `fma_nb.raw.download.Archive` needs to know of each."""
     raw = folder / "made"
     write_dataset(raw, n_clips, bit_rate_level=bit_rate_level)
     archives = []

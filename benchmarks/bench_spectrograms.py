@@ -24,8 +24,9 @@ import soundfile as sf
 from fma_like import encode_like_fma, write_clip, write_dataset
 
 from fma_nb.audio import load_clip
+from fma_nb.bulk.spectrograms import make_spectrograms
 from fma_nb.project import spectrogram_dir
-from fma_nb.spectrogram import PRESETS, log_mel, make_spectrogram, make_spectrograms, mel_power, to_grey
+from fma_nb.spectrogram import PRESETS, log_mel, make_spectrogram, mel_power, to_grey
 
 DATASET_CLIPS = {"fma_small": 8_000, "fma_medium": 25_000, "fma_large": 106_574}
 
@@ -105,7 +106,7 @@ def stages(clip: Path, repeats: int) -> None:
 
 BULK = """
 import resource, sys, time
-from fma_nb.spectrogram import make_spectrograms
+from fma_nb.bulk.spectrograms import make_spectrograms
 started = time.perf_counter()
 make_spectrograms("fma_small", "full", workers=int(sys.argv[1]), progress=False)
 print(time.perf_counter() - started)

@@ -32,11 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from fma_nb.augmentation import augment
-from fma_nb.dataset import SpectrogramDataset, load_pack, make_loader
+from fma_nb.bulk.pack import load_pack
+from fma_nb.dataset import SpectrogramDataset, make_loader
 from fma_nb.model import build_model
 from fma_nb.optimization import MovingAverage, make_optimizer
 from fma_nb.project import keep_freed_memory, spectrogram_dir
-from fma_nb.recipe import TrainConfig, default_config
+from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.training import autocast, make_deterministic, to_device
 
 CHOICES = (
@@ -102,8 +103,8 @@ def batches(level: int, options: argparse.Namespace) -> Iterator[tuple[torch.Ten
                 yield images.to(device), labels.to(device)
 
 
-def recipe_up_to(level: int) -> TrainConfig:
-    config = replace(default_config("crnn"), bfloat16=level >= BFLOAT16)
+def recipe_up_to(level: int) -> Recipe:
+    config = replace(default_recipe("crnn"), bfloat16=level >= BFLOAT16)
     config = config if level >= AUGMENTATION else replace(config, **NO_AUGMENTATION)
     return config if level >= RECIPE else replace(config, optimizer="adamw", ema=0)
 
@@ -138,7 +139,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     inputs: torch.Tensor,
     labels: torch.Tensor,
-    config: TrainConfig,
+    config: Recipe,
 ) -> None:
     with autocast(inputs.device, config.bfloat16):
         logits = model(inputs).float()
@@ -221,7 +222,7 @@ def print_table(rounds: list[list[tuple[float, float]]], options: argparse.Names
         ratio = statistics.median(r[level][0] / max(r[0][0], r[1][0]) for r in rounds)
         memory = max(r[level][1] for r in rounds)
         print(f"  {choice:36}{speed:8.0f}{ratio:29.2f} x{speed * flops / peak:14.1%}{memory:6.0f} MB")
-    epochs, n_images = default_config("crnn").epochs, 6394
+    epochs, n_images = default_recipe("crnn").epochs, 6394
     print(f"  {flops / 1e9:.2f} GFLOP an image; matrix peak {peak / 1e12:.2f} TFLOP/s")
     print(
         f"  the final recipe, {epochs} epochs of FMA-Small's {n_images} clips, at the recipe's speed: ",

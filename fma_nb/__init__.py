@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Load `fma_nb.predict` when it is asked for: it needs PyTorch, which most commands do not."""
     if name == "predict":
-        from fma_nb.prediction import predict
+        from fma_nb.commands.predict import predict
 
         return predict
     raise AttributeError(f"module 'fma_nb' has no attribute {name!r}")

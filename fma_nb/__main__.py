@@ -2,7 +2,7 @@
 
 import sys
 
-from fma_nb.cli import main
+from fma_nb.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,9 +11,12 @@ M. Defferrard, K. Benzi, P. Vandergheynst, X. Bresson: "FMA: A Dataset for Music
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from fma_nb.project import SPLITS, SYNTHETIC_DATASETS, FmaNbError, check_dataset, clip_path, metadata_dir
@@ -23,6 +26,9 @@ INDEX_COLUMNS = ["track_id", "split", "genre", "artist_id", "title", "path"]
 
 # FMA's wiki lists these clips of the small subset as cut short (the first three) or without audio.
 ERRATA = (98565, 98567, 98569, 99134, 108925, 133297)
+
+# Largest difference between the ids of two tracks that are taken for one artist's; see `artist_groups`.
+NEIGHBOUR_GAP = 3
 
 _SPLIT_NAMES = {"training": "train", "validation": "val", "test": "test"}
 _SUBSETS = {
@@ -220,3 +226,31 @@ def how_to_get(dataset: str) -> str:
         return "make it with 'fma-nb mini'"
     subset = dataset.removeprefix("fma_")
     return f"get it with 'fma-nb download metadata {subset}'"
+
+
+def artists_known(dataset: str) -> bool:
+    """Tell whether the metadata that names each track's artist is at hand."""
+    return (metadata_dir(dataset) / "tracks.csv").exists()
+
+
+def artist_groups(dataset: str, track_ids: Sequence[int]) -> list[int]:
+    """Return the artist of each track, or a guess at it where the metadata is not at hand.
+
+    Tracks of one artist tend to be right or wrong together; intervals that ignore this are too narrow.
+    FMA numbers the tracks of an album one after another. So the guess is that neighbours by number share
+    the artist: of the first tracks of FMA-Small that follow each other within `NEIGHBOUR_GAP` 89 % do, and
+    89 % of those that do are found that way (58 tracks). Denser subsets were not checked, and an artist's
+    other albums are missed.
+    """
+    if not artists_known(dataset):
+        return _runs_of_neighbours(np.asarray(track_ids))
+    artists = read_tracks(metadata_dir(dataset) / "tracks.csv")["artist", "id"]
+    return [int(artists.get(track_id, -track_id)) for track_id in track_ids]
+
+
+def _runs_of_neighbours(track_ids: npt.NDArray[np.int64]) -> list[int]:
+    """Return the first track id of the run of neighbours that each track belongs to."""
+    ordered = np.sort(track_ids)
+    starts = ordered[np.diff(ordered, prepend=-NEIGHBOUR_GAP - 1) > NEIGHBOUR_GAP]
+    runs: list[int] = starts[np.searchsorted(starts, track_ids, side="right") - 1].tolist()
+    return runs

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fma_nb.recipe import TrainConfig
+from fma_nb.recipe import Recipe
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Build a recipe's optimizer; weight decay is for matrices and filters only.
 
     Biases and the gains of batch normalisation are vectors; pulling them to zero regularises nothing.
@@ -28,14 +28,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     matrices = [p for p in model.parameters() if 1 < p.ndim < 4]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
-        {"params": filters, "weight_decay": config.weight_decay},
+        {"params": filters, "weight_decay": recipe.weight_decay},
     ]
-    if config.optimizer == "muon":
-        return Muon(groups[:2], filters, lr=config.lr, filter_lr=config.filter_lr)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr)
+    if recipe.optimizer == "muon":
+        return Muon(groups[:2], filters, lr=recipe.lr, filter_lr=recipe.filter_lr)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=recipe.lr)
 
 
 class Muon(torch.optim.AdamW):

@@ -17,6 +17,7 @@ import pandas as pd
 import soundfile as sf
 from IPython.display import HTML, Audio
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -26,7 +27,7 @@ from fma_nb.audio import Samples
 from fma_nb.evaluation import Estimate
 from fma_nb.metadata import GENRES
 from fma_nb.model import LayerTrace
-from fma_nb.project import SPLITS
+from fma_nb.project import SPLITS, atomic_path, run_dir
 from fma_nb.spectrogram import Decibels, GreyImage
 
 # Okabe and Ito's palette: told apart also by colour-blind readers. Yellow is darkened for white paper.
@@ -62,6 +63,13 @@ def use_style() -> None:
             "legend.frameon": False,
         }
     )
+
+
+def save_figure(figure: Figure, run: str, name: str, caption: str) -> None:
+    """Write a figure for the report; its caption, which is also its alternative text, goes inside."""
+    path = run_dir(run) / "figures" / f"{name}.png"
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=144, metadata={"Description": caption})
 
 
 def genre_color(genre: str) -> str:
@@ -146,7 +154,7 @@ def interval_plot(ax: Axes, estimates: dict[str, Estimate], reference: float | N
 
 
 def ablation_plot(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Draw a `fma_nb.ablation.ablation_table`: each row's change in accuracy against the first, in points.
+    """Draw a `fma_nb.runs.ablation.ablation_table`: each row's change in accuracy, in points.
 
     Dark intervals exclude zero; the text on the right is the row's own accuracy.
     """

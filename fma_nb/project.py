@@ -17,6 +17,7 @@ from pathlib import Path
 DATASETS = ("fma_mini", "fma_small", "fma_medium", "fma_large")
 SYNTHETIC_DATASETS = ("fma_mini",)
 SPLITS = ("train", "val", "test")
+SHIPPED_WEIGHTS = Path(__file__).resolve().parent / "weights" / "crnn.pt"
 
 # Numbers of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

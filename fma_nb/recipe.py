@@ -1,6 +1,7 @@
 """Stage 6a, recipe: everything that decides how a model is trained, one field an ingredient.
 
-Notebook 04 says what each ingredient of the CRNN's recipe is for; `fma_nb.ablation` takes each of them out.
+Notebook 04 says what each ingredient of the CRNN's recipe is for; `fma_nb.runs.ablation` takes each of
+them out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from fma_nb.model import MODELS, POOLINGS
 from fma_nb.project import FmaNbError
 
-CONFIG_CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
+CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
     ("model", MODELS),
     ("optimizer", ("adam", "adamw", "muon")),
     ("pooling", POOLINGS),
@@ -20,7 +21,7 @@ CONFIG_CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
     ("band_norm", (True, False)),
     ("bfloat16", (True, False)),
 )
-CONFIG_RANGES = (
+RANGES = (
     ("epochs", 1, 100_000),
     ("batch_size", 1, 100_000),
     ("lr", 1e-12, 1e12),
@@ -43,7 +44,7 @@ CONFIG_RANGES = (
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class Recipe:
     """Everything that decides how a model is trained; each ingredient is one field.
 
     Attributes
@@ -113,11 +114,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, by name."""
-        for name, choices in CONFIG_CHOICES:
+        for name, choices in CHOICES:
             if getattr(self, name) not in choices:
                 wanted = ", ".join(map(str, choices))
                 raise FmaNbError(f"{name}={getattr(self, name)!r} is unknown: choose one of {wanted}.")
-        for name, low, high in CONFIG_RANGES:
+        for name, low, high in RANGES:
             value = getattr(self, name)
             whole = isinstance(getattr(type(self), name), int)
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
@@ -134,11 +135,11 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
 
-def default_config(model: str) -> TrainConfig:
+def default_recipe(model: str) -> Recipe:
     """Return a model's own recipe: plain Adam for the baseline, the modern one for the CRNN."""
     if model == "baseline":
-        return TrainConfig(model)
-    return TrainConfig(
+        return Recipe(model)
+    return Recipe(
         model,
         epochs=24,
         lr=2e-3,
@@ -156,21 +157,21 @@ def default_config(model: str) -> TrainConfig:
     )
 
 
-def changed_config(config: TrainConfig, changes: Iterable[tuple[str, str]]) -> TrainConfig:
-    """Return a configuration with fields changed by name, their values given as text.
+def changed_recipe(recipe: Recipe, changes: Iterable[tuple[str, str]]) -> Recipe:
+    """Return a recipe with fields changed by name, their values given as text.
 
     Raises
     ------
     FmaNbError
         When there is no such field, or its value is of another type or out of range.
     """
-    types = {field.name: type(field.default) for field in fields(TrainConfig)} | {"warmup": float}
+    types = {field.name: type(field.default) for field in fields(Recipe)} | {"warmup": float}
     given: dict[str, Any] = {}
     for name, text in changes:
         if name not in types:
             raise FmaNbError(f"-p {name}: the recipe has no such field; it has {', '.join(sorted(types))}.")
         given[name] = typed(name, text, types[name])
-    return replace(config, **given)
+    return replace(recipe, **given)
 
 
 def typed(name: str, text: str, kind: type) -> Any:
@@ -183,9 +184,9 @@ def typed(name: str, text: str, kind: type) -> Any:
         raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
 
 
-def seeds(config: TrainConfig, n_seeds: int) -> Iterator[TrainConfig]:
-    """Yield the configuration with ``n_seeds`` consecutive seeds."""
+def seeds(recipe: Recipe, n_seeds: int) -> Iterator[Recipe]:
+    """Yield the recipe with ``n_seeds`` consecutive seeds."""
     if n_seeds < 1:
         raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
     for i in range(n_seeds):
-        yield replace(config, seed=config.seed + i)
+        yield replace(recipe, seed=recipe.seed + i)

@@ -1,8 +1,9 @@
-"""Stage 3, spectrogram: from samples to a log-mel spectrogram, and from a dataset to a tree of PNGs.
+"""Stage 3, spectrogram: from the samples of one clip to its log-mel spectrogram, and to a PNG.
 
 One 8-bit grey PNG a track, ``<dataset>-<preset>/{train,val,test}/<Genre>/000002.png``: height = mel
 bands with the highest on top, width = frames, grey = ``(dB + 80) / 80 * 255``. Decibels are relative to
-the clip's own maximum, which is the per-track normalisation. Notebook 02 derives every step.
+the clip's own maximum, which is the per-track normalisation. Notebook 02 derives every step;
+`fma_nb.bulk.spectrograms` does the same for every clip of a dataset.
 
 References
 ----------
@@ -13,34 +14,24 @@ B. McFee et al.: "librosa: Audio and Music Signal Analysis in Python", SciPy 201
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import scipy.fft
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from fma_nb.audio import Samples, UnreadableClipError, load_clip
-from fma_nb.metadata import Index, load_index
-from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, clear_temporaries, make_folder, spectrogram_dir
-from fma_nb.workers import run_locally, run_on_cluster
+from fma_nb.project import FmaNbError, atomic_path
 
 DYNAMIC_RANGE_DB = 80.0
 POWER_FLOOR = 1e-10
 FRAMES_PER_BLOCK = 64
 BANDS_PER_GROUP = 8
-MAX_UNREADABLE = 0.05
 
 Decibels = npt.NDArray[np.float32]
 GreyImage = npt.NDArray[np.uint8]
@@ -83,6 +74,16 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise FmaNbError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
+
+
+def log_mel(samples: Samples, sample_rate: int, preset: Preset) -> Decibels:
+    """Return the log-mel spectrogram in dB [shape=(n_mels, n_frames)], lowest band first.
+
+    The reference is the clip's maximum over ALL frames, also where only some frames are kept.
+    """
+    power = mel_power(samples, sample_rate, preset)
+    reference = float(power.max())
+    return power_to_db(power[:, frame_indices(power.shape[1], preset)], reference)
 
 
 def mel_power(samples: Samples, sample_rate: int, preset: Preset) -> npt.NDArray[np.float32]:
@@ -157,16 +158,6 @@ def power_to_db(power: npt.NDArray[np.float32], reference: float) -> Decibels:
     return limited
 
 
-def log_mel(samples: Samples, sample_rate: int, preset: Preset) -> Decibels:
-    """Return the log-mel spectrogram in dB [shape=(n_mels, n_frames)], lowest band first.
-
-    The reference is the clip's maximum over ALL frames, also where only some frames are kept.
-    """
-    power = mel_power(samples, sample_rate, preset)
-    reference = float(power.max())
-    return power_to_db(power[:, frame_indices(power.shape[1], preset)], reference)
-
-
 def frame_indices(n_frames: int, preset: Preset) -> npt.NDArray[np.int64]:
     """Return which of a clip's ``n_frames`` frames a preset keeps: frame ``int((i + 0.5) * T / n)``."""
     if preset.n_frames is None:
@@ -227,66 +218,6 @@ def make_spectrogram(audio: Path, png: Path, preset: Preset) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Job:
-    """One clip of a bulk run: its track id, the audio file to read and the PNG to write."""
-
-    track_id: int
-    audio: Path
-    png: Path
-
-
-def make_spectrograms(
-    dataset: str,
-    preset_name: str,
-    *,
-    workers: int | None = None,
-    scheduler: str | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Make the PNGs of a whole dataset that are not there yet, over all cores.
-
-    A PNG that exists is done, so a killed run goes on where it was. A second run on the same folder
-    waits for the first.
-
-    Parameters
-    ----------
-    dataset, preset_name
-        What to read, and how.
-    workers
-        Processes on this machine; ``None`` takes every core.
-    scheduler
-        Address of a Dask scheduler whose workers do the work instead (`fma_nb.workers`).
-    progress
-        Show a progress bar.
-
-    Returns
-    -------
-    skipped
-        ``track_id, path, reason`` of every clip that cannot be used.
-
-    Raises
-    ------
-    FmaNbError
-        When the dataset is missing, the folder was made with other settings, or more than 5 % of the
-        clips are unreadable.
-    """
-    preset = get_preset(preset_name)
-    index = load_index(dataset)
-    folder = spectrogram_dir(dataset, preset_name)
-    make_folder(folder)
-    with filelock.FileLock(folder / ".lock"):
-        clear_temporaries(folder)
-        _write_mel_json(folder, preset)
-        known = _known_skips(folder, index)
-        jobs = [job for job in _missing_jobs(index, folder) if job.track_id not in known]
-        found = dict(_outcomes(jobs, preset, workers, scheduler, progress))
-        clear_temporaries(folder)  # of workers that were killed meanwhile
-        skipped = _write_skipped(folder, index, known | found)
-    _check_unreadable(skipped, len(index.tracks) + len(index.dropped))
-    return skipped
-
-
 def png_path(folder: Path, split: str, genre: str, track_id: int) -> Path:
     """Return where a track's PNG lies below a spectrogram folder."""
     return folder / split / genre / png_name(track_id)
@@ -295,102 +226,3 @@ def png_path(folder: Path, split: str, genre: str, track_id: int) -> Path:
 def png_name(track_id: int) -> str:
     """Return the file name of a track's spectrogram."""
     return f"{track_id:06d}.png"
-
-
-def _missing_jobs(index: Index, folder: Path) -> Iterator[Job]:
-    for row in index.tracks.itertuples():
-        png = png_path(folder, row.split, row.genre, row.track_id)
-        if not png.exists():
-            yield Job(row.track_id, Path(row.path), png)
-
-
-def _outcomes(
-    jobs: list[Job], preset: Preset, workers: int | None, scheduler: str | None, progress: bool
-) -> Iterator[tuple[int, str]]:
-    """Yield ``(track_id, reason)`` for each clip that fails, while the others become PNGs."""
-    if not jobs:
-        return
-    work = functools.partial(_do, preset=preset)
-    if scheduler is None:
-        outcomes = run_locally(work, jobs, min(workers or os.cpu_count() or 1, len(jobs)))
-    else:
-        outcomes = run_on_cluster(work, jobs, scheduler)
-    with Progress(len(jobs), f"spectrograms ({preset.name})", "clip", visible=progress) as bar:
-        for job, reason in outcomes:
-            bar.update()
-            if reason is not None:
-                yield job.track_id, reason
-
-
-def _do(job: Job, preset: Preset) -> str | None:
-    return make_spectrogram(job.audio, job.png, preset)
-
-
-def _write_mel_json(folder: Path, preset: Preset) -> None:
-    path = folder / "mel.json"
-    settings = asdict(preset) | {
-        "mel_scale": "slaney",
-        "norm": "slaney",
-        "power": 2.0,
-        "dynamic_range_db": DYNAMIC_RANGE_DB,
-        "reference": "maximum of the clip",
-        "highest_band": "top row",
-    }
-    if path.exists():
-        if _read_json(path) != settings:
-            raise FmaNbError(
-                f"{path} is damaged or tells of other settings than preset {preset.name!r}: "
-                "move that folder away and run the same command again."
-            )
-        return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        return None
-
-
-def _known_skips(folder: Path, index: Index) -> dict[int, str]:
-    """Return the clips an earlier run skipped and whose files have not changed since."""
-    paths = dict(zip(index.tracks["track_id"], index.tracks["path"], strict=True))
-    try:
-        rows = pd.read_csv(folder / "skipped.csv")
-        return {
-            int(row.track_id): str(row.reason)
-            for row in rows.itertuples()
-            if row.track_id in paths and _file_state(Path(paths[row.track_id])) == row.file_state
-        }
-    except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError, AttributeError):
-        return {}  # nothing known: the clips are simply tried again
-
-
-def _file_state(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError:
-        return "missing"
-    return f"{status.st_size}/{status.st_mtime_ns}"
-
-
-def _write_skipped(folder: Path, index: Index, reasons: dict[int, str]) -> pd.DataFrame:
-    found = index.tracks[index.tracks["track_id"].isin(reasons)][["track_id", "path"]]
-    found = found.assign(reason=found["track_id"].map(reasons))
-    with atomic_path(folder / "skipped.csv") as temporary:
-        states = [_file_state(Path(path)) for path in found["path"]]
-        found.assign(file_state=states).to_csv(temporary, index=False)
-    return pd.concat([index.dropped, found], ignore_index=True).sort_values("track_id")
-
-
-def _check_unreadable(skipped: pd.DataFrame, n_clips: int) -> None:
-    unreadable = skipped[~skipped["reason"].str.startswith("on FMA's list")]
-    if len(unreadable) > MAX_UNREADABLE * n_clips:
-        listed = "".join(f"\n  {row.path}: {row.reason}" for row in unreadable.head(20).itertuples())
-        more = f"\n  and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-        raise FmaNbError(
-            f"{len(unreadable)} of {n_clips} clips cannot be read, more than "
-            f"{MAX_UNREADABLE:.0%}: get these files again and rerun.{listed}{more}"
-        )

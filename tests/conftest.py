@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from fma_nb.metadata import GENRES
-from fma_nb.mini import make_fma_mini
 from fma_nb.project import project_root
+from fma_nb.raw.mini import make_fma_mini
 
 _COLUMNS_BY_GROUP = {
     "album": """comments date_created date_released engineer favorites id information listens producer tags

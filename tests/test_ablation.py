@@ -18,23 +18,16 @@ import torch
 from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
 from PIL import Image
 
-from fma_nb.ablation import (
-    ALL_ROWS,
-    CSV_COLUMNS,
-    ROWS,
-    ablation_table,
-    finished_rows,
-    folds,
-    row_config,
-)
-from fma_nb.cli import main
-from fma_nb.dataset import Pack, Split, load_pack
-from fma_nb.evaluation import artist_groups, correct_matrix, paired_difference
-from fma_nb.metadata import GENRES
+from fma_nb.bulk.pack import load_pack
+from fma_nb.commands.cli import main
+from fma_nb.dataset import Pack, Split
+from fma_nb.evaluation import correct_matrix, paired_difference
+from fma_nb.metadata import GENRES, artist_groups
 from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
 from fma_nb.project import FmaNbError, data_dir, outputs_dir, spectrogram_dir
-from fma_nb.recipe import TrainConfig, default_config
-from fma_nb.training import read_log, run_files
+from fma_nb.recipe import Recipe, default_recipe
+from fma_nb.runs.ablation import ALL_ROWS, CSV_COLUMNS, ROWS, ablation_table, finished_rows, folds, row_recipe
+from fma_nb.runs.checkpoint import read_log, run_files
 
 RUN = "tiny"
 N_SEEDS = 2
@@ -96,7 +89,7 @@ def printed() -> str:
 NOT_PLAIN = {"no_gru": "crnn_no_gru", "no_muon": "adamw", "no_dropout": 0.0, "no_band_norm": False}
 
 
-def changed_fields(config: TrainConfig, base: TrainConfig) -> dict[str, Any]:
+def changed_fields(config: Recipe, base: Recipe) -> dict[str, Any]:
     before = asdict(base)
     return {name: value for name, value in asdict(config).items() if value != before[name]}
 
@@ -104,14 +97,14 @@ def changed_fields(config: TrainConfig, base: TrainConfig) -> dict[str, Any]:
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_changes_what_its_name_says_and_nothing_else(row: str) -> None:
     """A change that left the final recipe as it is would measure nothing."""
-    base = replace(default_config("crnn"), epochs=7, seed=5)
-    changed = changed_fields(row_config(row, base), base)
+    base = replace(default_recipe("crnn"), epochs=7, seed=5)
+    changed = changed_fields(row_recipe(row, base), base)
     assert changed.keys() == ROWS[row].keys()
     assert bool(changed) == (row != "final")
     if row in NOT_PLAIN:
         assert list(changed.values()) == [NOT_PLAIN[row]]
     elif row.startswith("no_"):
-        plain = asdict(TrainConfig())
+        plain = asdict(Recipe())
         assert changed == {name: plain[name] for name in changed}
 
 
@@ -127,23 +120,23 @@ def test_a_row_changes_what_its_name_says_and_nothing_else(row: str) -> None:
     ],
 )
 def test_other_rows_do_what_their_names_say(row: str, name: str, value: object) -> None:
-    base = replace(default_config("crnn"), epochs=14, width=1.4)
-    assert changed_fields(row_config(row, base), base) == {name: value}
+    base = replace(default_recipe("crnn"), epochs=14, width=1.4)
+    assert changed_fields(row_recipe(row, base), base) == {name: value}
 
 
 @pytest.mark.parametrize("row", ALL_ROWS)
 def test_every_row_gives_a_network_that_answers(row: str) -> None:
-    config = row_config(row, replace(default_config("crnn"), width=0.25))
+    config = row_recipe(row, replace(default_recipe("crnn"), width=0.25))
     network = build_model(config.model, 8, 128, 128, **config.architecture()).eval()
     with torch.inference_mode():
         assert network(torch.rand(2, 1, 128, 128)).shape == (2, 8)
 
 
 def test_architectures_differ_as_their_names_say() -> None:
-    base = default_config("crnn")
+    base = default_recipe("crnn")
 
     def network(row: str) -> Any:
-        config = row_config(row, base)
+        config = row_recipe(row, base)
         return build_model(config.model, 8, 128, 128, **config.architecture())
 
     final = network("final")
@@ -167,8 +160,8 @@ def test_architectures_differ_as_their_names_say() -> None:
     [("crnn_plain", {"model": "crnn"}), ("baseline", {}), ("baseline_longer", {"epochs": 24})],
 )
 def test_plain_rows_train_as_the_baseline_does(row: str, change: dict[str, Any]) -> None:
-    config = row_config(row, default_config("crnn"))
-    assert config == replace(default_config("baseline"), **change)
+    config = row_recipe(row, default_recipe("crnn"))
+    assert config == replace(default_recipe("baseline"), **change)
     assert config.optimizer == "adam" and config.warmup is None and not config.time_shift
     assert config.crop == 1
     assert config.stretch == config.gain == config.freq_mask == config.mixup == config.ema == 0
@@ -177,7 +170,7 @@ def test_plain_rows_train_as_the_baseline_does(row: str, change: dict[str, Any])
 @pytest.mark.usefixtures("printed")
 def test_an_unknown_row_is_named_before_anything_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FmaNbError) as caught:
-        row_config("no_drums", default_config("crnn"))
+        row_recipe("no_drums", default_recipe("crnn"))
     assert_one_sentence(caught.value, "no_drums", "no_gru", "crnn_plain")
 
     assert ablate("--rows", "final,no_drums", run="untouched") == (2, "")
@@ -215,8 +208,8 @@ def test_rows_are_trained_with_the_changes_of_the_command_line() -> None:
     for row, model in MODEL_OF.items():
         config = metrics_of(row, model)["config"]
         assert {name: config[name] for name in QUICK} == {n: float(v) for n, v in QUICK.items()}
-        assert config["optimizer"] == default_config("crnn").optimizer
-        assert config["label_smoothing"] == default_config("crnn").label_smoothing
+        assert config["optimizer"] == default_recipe("crnn").optimizer
+        assert config["label_smoothing"] == default_recipe("crnn").label_smoothing
 
 
 @pytest.mark.usefixtures("printed")

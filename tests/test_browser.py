@@ -22,9 +22,9 @@ import nbformat
 import pytest
 from conftest import assert_clean_progress
 
-from fma_nb.mini import make_fma_mini
+from fma_nb.commands.notebooks import NOTEBOOKS
 from fma_nb.project import project_root
-from fma_nb.run import NOTEBOOKS
+from fma_nb.raw.mini import make_fma_mini
 
 pytestmark = pytest.mark.browser
 

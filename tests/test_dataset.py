@@ -15,7 +15,8 @@ import torch
 from conftest import assert_one_sentence, write_png_tree
 from PIL import Image
 
-from fma_nb.dataset import Pack, SpectrogramDataset, load_pack, make_loader, to_input
+from fma_nb.bulk.pack import load_pack
+from fma_nb.dataset import Pack, SpectrogramDataset, make_loader, to_input
 from fma_nb.metadata import GENRES
 from fma_nb.project import FmaNbError, spectrogram_dir
 

@@ -1,11 +1,13 @@
-"""`fma_nb.download` against a real HTTP server on loopback that can misbehave."""
+"""`fma_nb.raw.download` against a real HTTP server on loopback that can misbehave."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -22,9 +24,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
-from fma_nb.download import (
+from fma_nb.progress import Progress
+from fma_nb.project import FmaNbError, project_root
+from fma_nb.raw.download import (
     Archive,
     RetryPolicy,
     download,
@@ -33,7 +39,6 @@ from fma_nb.download import (
     verify_checksums,
     verify_sha1,
 )
-from fma_nb.project import FmaNbError, project_root
 
 NAME = "fma_tiny"
 ZIP = f"{NAME}.zip"
@@ -212,7 +217,7 @@ def part(raw: Path) -> Path:
 
 def get(server: FmaServer, **options: Any) -> Path:
     options = {"archive": archive_of(server.body), "policy": POLICY} | options
-    return download(base_url=server.url, progress=False, **options)
+    return download(base_url=server.url, **options)
 
 
 def assert_complete(raw: Path, members: dict[str, bytes], body: bytes) -> None:
@@ -231,7 +236,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 CHILD = f"""
 import sys
 from pathlib import Path
-from fma_nb.download import Archive, RetryPolicy, download
+from fma_nb.raw.download import Archive, RetryPolicy, download
 from fma_nb.project import FmaNbError
 sha1, base_url, path, limit = sys.argv[1:]
 if limit != "-":
@@ -273,13 +278,6 @@ def test_second_call_asks_nothing_and_writes_nothing(server, raw):
     assert (files_below(raw), write_times(raw)) == before
 
 
-def test_archive_is_removed_when_not_wanted(server, raw):
-    get(server, keep_archive=False)
-    assert not (raw / ZIP).exists()
-    get(server, keep_archive=False)
-    assert len(server.requests) == 1
-
-
 def test_server_that_sends_a_range_in_pieces(server, part, members, body):
     part.write_bytes(body[:5000])
     n_missing = len(body) - 5000
@@ -296,14 +294,13 @@ def test_redirect_is_followed(server, raw, members, body):
     assert_complete(raw, members, body)
 
 
-def test_bar_with_rate_on_a_terminal_and_silence_elsewhere(server, raw, body):
+def test_bar_with_rate_on_a_terminal(server, body):
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
-    child = start_child(body, server.url)
-    assert child.communicate()[1] == b""
-    shutil.rmtree(raw)
+    # The pause lets tqdm draw again, which it does at most every 0.1 s.
+    server.answers = [Answer(status=503), Answer(halfway=lambda: time.sleep(0.3))]
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 120))
-    child = start_child(body, server.url, stderr=end)
+    child = start_child(body, server.url, stdout=subprocess.PIPE, stderr=end)
     os.close(end)
     shown = b""
     try:
@@ -312,8 +309,103 @@ def test_bar_with_rate_on_a_terminal_and_silence_elsewhere(server, raw, body):
     except OSError:  # Linux's end of file on a terminal
         pass
     os.close(terminal)
-    assert child.wait() == 0
-    assert f"{ZIP}: 100%".encode() in shown and b"B/s]" in shown
+    finished = child.communicate()[0].decode()
+    assert child.returncode == 0
+    assert re.search(rf"{ZIP}: +\d+%.* \d+k/{len(body) / 1000:.0f}k \[.*, \d[^?]*B/s\]".encode(), shown)
+    assert b"answered HTTP 503 Service Unavailable: trying again in 0 s" in shown
+    assert finished.startswith(f"{ZIP}: {len(body) / 1000:.0f}kB in ")
+
+
+def test_log_has_one_finished_line_for_each_step(server, part, members, body, capsys):
+    part.write_bytes(body[:5000])
+    get(server)
+    shown = capsys.readouterr()
+    n_unpacked = sum(map(len, members.values()))
+    expected = [
+        f"checking {ZIP}.part: 5.00kB",
+        f"{ZIP}: {len(body) / 1000:.0f}kB",
+        f"unpacking {NAME}: {n_unpacked / 1000:.0f}kB",
+        f"checking {NAME}: {len(members) - 1} files",
+    ]
+    assert [re.sub(r" in [\d.]+ s$", "", line) for line in shown.out.splitlines()] == expected
+    assert shown.err == ""
+
+
+def test_log_tells_how_much_of_a_download_arrived(server, body, capsys):
+    server.answers = [Answer(stop_after=5000)]
+    with pytest.raises(FmaNbError):
+        get(server, policy=RetryPolicy(attempts=1))
+    assert capsys.readouterr().out.startswith(f"{ZIP}: 5.00kB of {len(body) / 1000:.0f}kB in ")
+
+
+# ---------------------------------------------------------------- the bar itself
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_shows_bytes_that_were_there_before_and_a_start_over(monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(None, "clips.zip", "B") as bar:
+        bar.total = 8_000_000_000
+        bar.start_at(6_000_000_000)
+        assert "clips.zip:  75%" in terminal.getvalue() and "6.00G/8.00G" in terminal.getvalue()
+        bar.update(1_000_000_000)
+        bar.start_at(0)
+        assert "clips.zip:   0%" in terminal.getvalue() and "0.00/8.00G" in terminal.getvalue()
+        bar.update(2_000_000_000)
+    assert capsys.readouterr().out.startswith("clips.zip: 2.00GB of 8.00GB in ")
+
+
+def test_log_of_unknown_totals_of_items_and_of_nothing(capsys):
+    with Progress(None, "clips.zip", "B") as bar:
+        bar.update(5_000_000)
+    with Progress(3, "clips", "clip") as bar:
+        bar.write("not for a log")
+        bar.update(2)
+    with Progress(3, "quiet", "clip", visible=False) as bar:
+        bar.update(3)
+    shown = capsys.readouterr()
+    lines = [re.sub(r"[\d.]+ s$", "", line) for line in shown.out.splitlines()]
+    assert lines == ["clips.zip: 5.00MB in ", "clips: 2 of 3 clips in "] and shown.err == ""
+
+
+NOTEBOOK_CELL = """
+import time
+from fma_nb.progress import REDRAW_S, Progress
+with Progress(None, "unknown", "B") as bar:
+    bar.start_at(5_000_000)
+    time.sleep(1.2 * REDRAW_S)
+    bar.update(0)
+    bar.total = 9_000_000
+with Progress(2, "two", "clip") as bar:
+    time.sleep(1.2 * REDRAW_S)
+    bar.update(0)
+    bar.update(1)
+    time.sleep(1.2 * REDRAW_S)
+    raise ValueError("second clip")
+"""
+
+
+def test_notebook_keeps_the_finished_line_also_after_an_error():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK_CELL)])
+    client = NotebookClient(notebook, allow_errors=True, resources={"metadata": {"path": project_root()}})
+    client.execute()
+    outputs = notebook.cells[0].outputs
+    lines = [re.sub(r"[\d.]+ s$", "", o.data["text/plain"]) for o in outputs if "data" in o]
+    assert lines == ["unknown: 5.00MB of 9.00MB in ", "two: 1 of 2 clips in "]
+    assert [(o.ename, o.evalue) for o in outputs if o.output_type == "error"] == [
+        ("ValueError", "second clip")
+    ]
+
+
+def test_progress_does_not_import_ipython():
+    code = "import sys; from fma_nb.progress import Progress as P; P(1, 'a', 'b').__enter__(); "
+    check = "sys.exit('IPython' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code + check], cwd=project_root(), check=True)
 
 
 # ---------------------------------------------------------------- connections that fail
@@ -506,7 +598,7 @@ def test_wrong_checksum_removes_the_file_so_that_the_next_call_starts_over(serve
 def test_archive_on_disk_is_used_and_left_alone(server, raw, members, body, tmp_path):
     path = tmp_path / "mine.zip"
     path.write_bytes(body)
-    get(server, archive_path=path, keep_archive=False)
+    get(server, archive_path=path)
     assert server.requests == [] and path.read_bytes() == body
     (raw / ZIP).write_bytes(body)
     assert_complete(raw, members, body)
@@ -519,7 +611,7 @@ def test_wrong_archive_on_disk_is_named_and_left_alone(server, raw, body, tmp_pa
         get(server, archive_path=path)
     assert path.read_bytes() == body[:-1] and files_below(raw) == {}
     with pytest.raises(FmaNbError, match=r"The archive .*none\.zip is not a file"):
-        verify_sha1(tmp_path / "none.zip", "", progress=False)
+        verify_sha1(tmp_path / "none.zip", "")
 
 
 def test_archive_under_its_final_name_is_used(server, part, members, body):
@@ -551,7 +643,7 @@ def test_members_that_declare_more_than_the_disk_holds_are_not_unpacked(raw, tmp
         archive.writestr(info := zipfile.ZipInfo(f"{NAME}/bomb.mp3"), b"boom")
         info.file_size = 1 << 60
     with pytest.raises(FmaNbError, match=r"needs 1\.15EB"):
-        extract(path, raw / NAME, progress=False)
+        extract(path, raw / NAME)
     assert files_below(raw) == {}
 
 
@@ -658,7 +750,7 @@ def test_killed_extraction_goes_on_without_redoing_finished_members(raw, tmp_pat
         n_interrupted += len(times) < len(MP3S)
         finished = times
     assert n_interrupted > 0
-    download(archive_of(body), archive_path=path, progress=False)
+    download(archive_of(body), archive_path=path)
     assert finished.items() <= write_times(raw).items()
     (raw / ZIP).write_bytes(body)
     assert_complete(raw, members, body)
@@ -693,7 +785,7 @@ def test_member_outside_its_folder_is_refused_before_any_is_written(raw, tmp_pat
         archive.writestr(name, b"evil")
     before = files_below(tmp_path)
     with pytest.raises(FmaNbError, match="is a link or lies outside the folder 'fma_tiny'"):
-        extract(path, raw / NAME, progress=False)
+        extract(path, raw / NAME)
     assert files_below(tmp_path) == before and not raw.exists()
 
 
@@ -705,7 +797,7 @@ def test_special_member_is_refused(raw, tmp_path, kind):
         info.external_attr = kind << 16
         archive.writestr(info, "/etc/passwd")
     with pytest.raises(FmaNbError, match=r"'fma_tiny/000002\.mp3' is a link"):
-        extract(path, raw / NAME, progress=False)
+        extract(path, raw / NAME)
     assert not raw.exists()
 
 
@@ -725,7 +817,7 @@ def make_understated_zip(path: Path, *, honest_crc: bool) -> None:
 def test_member_bigger_than_declared_is_damaged(raw, tmp_path):
     make_understated_zip(tmp_path / ZIP, honest_crc=True)
     with pytest.raises(FmaNbError, match=r"damaged \(member fma_tiny/bomb\.mp3"):
-        extract(tmp_path / ZIP, raw / NAME, progress=False)
+        extract(tmp_path / ZIP, raw / NAME)
     assert not (raw / NAME / "bomb.mp3").exists()
 
 
@@ -735,7 +827,7 @@ def test_member_smaller_than_declared_is_damaged(raw, tmp_path, compress_size):
         archive.writestr(info := zipfile.ZipInfo(f"{NAME}/short.mp3"), b"clip")
         info.file_size, info.compress_size = 5000, compress_size
     with pytest.raises(FmaNbError, match=r"damaged \(member fma_tiny/short\.mp3"):
-        extract(tmp_path / ZIP, raw / NAME, progress=False)
+        extract(tmp_path / ZIP, raw / NAME)
     assert files_below(raw / NAME).keys() <= {".partial/0"}  # nothing under its final name
 
 
@@ -744,15 +836,15 @@ def test_encrypted_member_is_named(raw, tmp_path):
         archive.writestr(info := zipfile.ZipInfo(f"{NAME}/secret.mp3"), b"clip")
         info.flag_bits |= 1
     with pytest.raises(FmaNbError, match=r"damaged \(member fma_tiny/secret\.mp3: .*encrypted"):
-        extract(tmp_path / ZIP, raw / NAME, progress=False)
+        extract(tmp_path / ZIP, raw / NAME)
 
 
 def test_member_bigger_than_declared_never_writes_more(raw, tmp_path):
     make_understated_zip(tmp_path / ZIP, honest_crc=False)
-    extract(tmp_path / ZIP, raw / NAME, progress=False)
+    extract(tmp_path / ZIP, raw / NAME)
     assert (raw / NAME / "bomb.mp3").stat().st_size == 1000
     with pytest.raises(FmaNbError, match=r"1 of 1 files .*\(bomb\.mp3\)"):
-        verify_checksums(raw / NAME, progress=False)
+        verify_checksums(raw / NAME)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
@@ -767,11 +859,11 @@ def test_damaged_member_is_named_and_the_others_stay(raw, tmp_path, members, pla
         file.seek(info.header_offset + 30 + len(bad) + int(place * info.compress_size))
         file.write(b"damage")
     with pytest.raises(FmaNbError, match=rf"damaged \(member {bad}"):
-        extract(path, raw / NAME, progress=False)
+        extract(path, raw / NAME)
     make_zip(path, members)
     before = write_times(raw)
     assert bad not in before and len(before) > 0
-    assert extract(path, raw / NAME, progress=False) == len(members)
+    assert extract(path, raw / NAME) == len(members)
     assert before.items() <= write_times(raw).items()
     assert files_below(raw / NAME) == members
 
@@ -781,7 +873,7 @@ def test_truncated_archive_is_damaged(raw, tmp_path, body, n_kept):
     path = tmp_path / ZIP
     path.write_bytes(body[:n_kept])
     with pytest.raises(FmaNbError, match=rf"{ZIP} is damaged"):
-        extract(path, raw / NAME, progress=False)
+        extract(path, raw / NAME)
 
 
 # ---------------------------------------------------------------- FMA's checksums
@@ -823,14 +915,14 @@ def test_list_that_cannot_be_used_touches_nothing(tmp_path, text):
     folder = tmp_path / NAME
     folder.mkdir()
     with pytest.raises(FmaNbError, match=r"checksums is no list"):
-        verify_checksums(folder, progress=False)
+        verify_checksums(folder)
     (folder / "checksums").write_text(text)
     with pytest.raises(FmaNbError, match=r"checksums is no list"):
-        verify_checksums(folder, progress=False)
+        verify_checksums(folder)
     assert kept.exists()
 
 
 def test_fetch_alone_brings_one_file(server, tmp_path, body):
     path = tmp_path / "copy.zip"
-    fetch(server.url, path, archive_of(body).sha1, policy=POLICY, progress=False)
+    fetch(server.url, path, archive_of(body).sha1, POLICY)
     assert path.read_bytes() == body and list(tmp_path.iterdir()) == [path]

@@ -18,41 +18,34 @@ import torch
 from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from fma_nb.dataset import SpectrogramDataset, load_pack, make_loader
+from fma_nb.bulk.pack import load_pack
+from fma_nb.commands.evaluate import evaluate_run
+from fma_nb.dataset import SpectrogramDataset, make_loader
 from fma_nb.evaluation import (
     McNemar,
-    artist_groups,
     bootstrap_accuracy,
     correct_matrix,
     evaluate,
-    evaluate_run,
     genre_report,
     mcnemar,
-    metrics_path,
     paired_difference,
     prediction_table,
-    read_metrics,
     result_summary,
     result_table,
-    train_and_evaluate,
-    trained_models,
 )
-from fma_nb.metadata import GENRES
+from fma_nb.metadata import GENRES, artist_groups
 from fma_nb.model import build_model, count_parameters
 from fma_nb.project import FmaNbError, outputs_dir, spectrogram_dir
-from fma_nb.recipe import TrainConfig, default_config
-from fma_nb.training import (
-    load_checkpoint,
-    predict_logits,
-    read_log,
-    run_files,
-)
+from fma_nb.recipe import Recipe, default_recipe
+from fma_nb.runs.checkpoint import load_checkpoint, read_log, run_files
+from fma_nb.runs.experiment import metrics_path, read_metrics, train_and_evaluate, trained_models
+from fma_nb.training import predict_logits
 
 CPU = torch.device("cpu")
 RUN = "tiny"
 CONFIGS = {
-    "baseline": TrainConfig(epochs=3, batch_size=20, seed=4),
-    "crnn_no_gru": replace(default_config("crnn_no_gru"), epochs=2, batch_size=20),
+    "baseline": Recipe(epochs=3, batch_size=20, seed=4),
+    "crnn_no_gru": replace(default_recipe("crnn_no_gru"), epochs=2, batch_size=20),
 }
 N_SEEDS = 2
 Tree = dict[int, tuple[str, str, np.ndarray]]

@@ -32,10 +32,10 @@ from conftest import (
 )
 from PIL import Image
 
-from fma_nb.dataset import load_pack
+from fma_nb.bulk.pack import load_pack
+from fma_nb.bulk.spectrograms import make_spectrograms
 from fma_nb.metadata import GENRES, load_index
 from fma_nb.project import FmaNbError
-from fma_nb.spectrogram import make_spectrograms
 
 WORKER_MB = 500
 BULK = (

@@ -20,10 +20,13 @@ import soundfile as sf
 
 from fma_nb import metadata
 from fma_nb.audio import UnreadableClipError, load_clip
-from fma_nb.instruments import INSTRUMENTS, draw_timbre
-from fma_nb.mini import GENRE_IDS, MiniConfig, encode_mp3, make_fma_mini, plan_tracks
 from fma_nb.project import FmaNbError, audio_dir, clip_path, metadata_dir, spectrogram_dir
-from fma_nb.synthesis import GENRES, PLAYERS, STEPS_PER_BAR, synthesize_track
+from fma_nb.raw.instruments import INSTRUMENTS, draw_timbre
+from fma_nb.raw.mini import make_fma_mini
+from fma_nb.raw.mp3 import encode_mp3
+from fma_nb.raw.plan import MiniConfig, plan_tracks
+from fma_nb.raw.score import GENRES, PLAYERS, STEPS_PER_BAR, synthesize_track
+from fma_nb.raw.tables import GENRE_IDS
 
 TINY = MiniConfig(artists_per_genre=3, tracks_per_artist=1, seconds=4.0)
 
@@ -240,7 +243,7 @@ def test_another_configuration_replaces_everything(own_data: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_leaves_whole_files_and_the_next_run_goes_on(tiny: Path, own_data: Path) -> None:
     code = (
-        "from fma_nb.mini import *\n"
+        "from fma_nb.raw.mini import *\n"
         "if __name__ == '__main__': make_fma_mini(MiniConfig(0, 3, 1, 4.0), workers=2, progress=False)"
     )
     script = own_data / "script.py"

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from mutation_run import run_tests
 
-from fma_nb.mini import make_fma_mini
 from fma_nb.project import project_root
+from fma_nb.raw.mini import make_fma_mini
 
 COPIED = ("fma_nb", "notebooks", "tests", "pyproject.toml")
 TESTS_FAILED = 1  # pytest's exit status; any other one but 0 says that the tests could not be run

@@ -118,7 +118,7 @@ def test_the_loop_of_notebook_03_is_the_packages():
     trained = namespace["train_one_epoch"](ours.model, batches, ours.optimizer)
     judged = namespace["evaluate"](ours.model.train(), batches)
     theirs, cpu = seeded_baseline(), torch.device("cpu")
-    config = recipe.TrainConfig(bfloat16=False)
+    config = recipe.Recipe(bfloat16=False)
     assert trained == pytest.approx(training.train_epoch(theirs, config, 0, batches, cpu))
     assert judged == pytest.approx(training.score_loader(theirs.model.train(), batches, cpu, bfloat16=False))
     for name, value in ours.model.state_dict().items():

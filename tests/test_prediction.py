@@ -26,23 +26,19 @@ from sklearn.metrics import accuracy_score, f1_score
 
 import fma_nb
 from fma_nb.audio import UnreadableClipError, load_windows
+from fma_nb.bulk.pack import load_pack
 from fma_nb.calibration import answers
-from fma_nb.cli import main
-from fma_nb.dataset import SpectrogramDataset, load_pack, make_loader
-from fma_nb.evaluation import SHIPPED_WEIGHTS, metrics_path, train_and_evaluate
+from fma_nb.commands.cli import main
+from fma_nb.commands.predict import Classifier, load_classifier, predict
+from fma_nb.dataset import SpectrogramDataset, make_loader
 from fma_nb.metadata import GENRES
 from fma_nb.model import build_model
-from fma_nb.prediction import Classifier, load_classifier, predict
-from fma_nb.project import FmaNbError, outputs_dir, spectrogram_dir
-from fma_nb.recipe import TrainConfig
+from fma_nb.project import SHIPPED_WEIGHTS, FmaNbError, outputs_dir, spectrogram_dir
+from fma_nb.recipe import Recipe
+from fma_nb.runs.checkpoint import load_checkpoint, load_model, run_files, save_checkpoint
+from fma_nb.runs.experiment import metrics_path, train_and_evaluate
 from fma_nb.spectrogram import PRESETS, log_mel, to_grey
-from fma_nb.training import (
-    load_checkpoint,
-    load_model,
-    predict_logits,
-    run_files,
-    save_checkpoint,
-)
+from fma_nb.training import predict_logits
 
 CPU = torch.device("cpu")
 RATE = 44_100
@@ -200,7 +196,7 @@ def test_the_package_offers_the_function(song: Path, shipped: Classifier) -> Non
 
 def test_importing_the_package_does_not_import_pytorch() -> None:
     """Most commands do without it, and it takes seconds."""
-    code = "import sys, fma_nb, fma_nb.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, fma_nb, fma_nb.commands.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -550,7 +546,7 @@ def test_the_shipped_weights_are_small_and_complete() -> None:
     assert tuple(saved["genres"]) == GENRES == tuple(sorted(GENRES))
     assert (saved["preset"], saved["image_shape"]) == ("compact", [128, 128])
     assert 0 < saved["temperature"] < 20
-    config = TrainConfig(**saved["config"])
+    config = Recipe(**saved["config"])
     assert config.model == "crnn"
     network = build_model("crnn", 8, 128, 128, **config.architecture())
     assert network.state_dict().keys() == saved["model_state"].keys()
@@ -585,7 +581,7 @@ def run() -> dict[str, Any]:
     folder = spectrogram_dir("fma_mini", "compact")
     write_png_tree(folder, {"train": 8, "val": 3, "test": 3}, shape=(128, 128))
     mislabel(folder / "test")
-    config = TrainConfig("crnn", epochs=2, batch_size=4, lr=3e-3, seed=FIRST_SEED, width=0.25)
+    config = Recipe("crnn", epochs=2, batch_size=4, lr=3e-3, seed=FIRST_SEED, width=0.25)
     pack = load_pack("fma_mini", "compact")
     return train_and_evaluate(config, pack, RUN, CPU, n_seeds=2, evaluation_split="test", progress=False)
 

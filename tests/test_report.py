@@ -9,8 +9,9 @@ import pytest
 from conftest import assert_one_sentence
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from fma_nb.commands.report import write_report
+from fma_nb.plots import save_figure
 from fma_nb.project import FmaNbError
-from fma_nb.report import save_figure, write_report
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 TRACKS = [str(track_id) for track_id in range(40)]

@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from conftest import assert_clean_progress, fma_nb
 
+from fma_nb.commands.notebooks import NOTEBOOKS, RunRequest, notebook_parameters, run_notebooks
 from fma_nb.project import FmaNbError, project_root
-from fma_nb.run import NOTEBOOKS, RunRequest, notebook_parameters, run_notebooks
 
 
 def test_the_main_job_ends_with_a_report(whole_run):

@@ -25,6 +25,7 @@ from conftest import (
 )
 from PIL import Image
 
+from fma_nb.bulk.spectrograms import make_spectrograms
 from fma_nb.metadata import load_index
 from fma_nb.project import FmaNbError, spectrogram_dir
 from fma_nb.spectrogram import (
@@ -34,7 +35,6 @@ from fma_nb.spectrogram import (
     get_preset,
     log_mel,
     make_spectrogram,
-    make_spectrograms,
     mel_filter_bank,
     mel_power,
     read_png,

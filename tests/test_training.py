@@ -25,32 +25,21 @@ from conftest import assert_one_sentence, write_png_tree
 from torch.nn import functional as F
 
 from fma_nb.augmentation import augment, colour, warp
-from fma_nb.dataset import Pack, SpectrogramDataset, load_pack, make_loader, to_input
+from fma_nb.bulk.pack import load_pack
+from fma_nb.dataset import Pack, SpectrogramDataset, make_loader, to_input
 from fma_nb.evaluation import evaluate
 from fma_nb.model import MODELS, build_model
 from fma_nb.optimization import MovingAverage, lr_factor, make_optimizer, orthogonal
 from fma_nb.project import FmaNbError, project_root, spectrogram_dir
-from fma_nb.recipe import TrainConfig, default_config, seeds
+from fma_nb.recipe import Recipe, default_recipe, seeds
+from fma_nb.runs.checkpoint import LOG_COLUMNS, RunFiles, load_checkpoint, load_model, read_log, run_files
+from fma_nb.runs.fit import fit
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB
-from fma_nb.training import (
-    LOG_COLUMNS,
-    RunFiles,
-    autocast,
-    fit,
-    load_checkpoint,
-    load_model,
-    predict_logits,
-    read_log,
-    resolve_device,
-    run_files,
-    score_loader,
-    to_device,
-    train_epoch,
-)
+from fma_nb.training import autocast, predict_logits, resolve_device, score_loader, to_device, train_epoch
 
 CPU = torch.device("cpu")
-BASELINE = TrainConfig(epochs=3, batch_size=20)
-CRNN = replace(default_config("crnn"), epochs=3, batch_size=20, warmup=0.2, width=0.25)
+BASELINE = Recipe(epochs=3, batch_size=20)
+CRNN = replace(default_recipe("crnn"), epochs=3, batch_size=20, warmup=0.2, width=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,7 @@ def files_in(folder: Path) -> RunFiles:
     return RunFiles(folder / "m_best.pt", folder / "m_last.pt", folder / "m.csv")
 
 
-def train(config: TrainConfig, pack: Pack, folder: Path) -> RunFiles:
+def train(config: Recipe, pack: Pack, folder: Path) -> RunFiles:
     files = files_in(folder)
     fit(config, pack, files, CPU, progress=False)
     return files
@@ -157,7 +146,7 @@ def test_an_epoch_is_the_one_made_by_hand(recipe: dict[str, float]) -> None:
     """Two steps of plain gradient descent on cross-entropy against the smoothed and mixed labels."""
     images, labels = batch(8)
     batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
-    config = TrainConfig(bfloat16=False, **recipe)
+    config = Recipe(bfloat16=False, **recipe)
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40 * 50, 8))
     weight, bias = (p.detach().clone().requires_grad_() for p in network[1].parameters())
@@ -247,7 +236,7 @@ def test_a_young_average_forgets_faster() -> None:
 @pytest.mark.parametrize("decay", [0.2, 0.995])
 @pytest.mark.parametrize("config", [BASELINE, CRNN], ids=lambda c: c.model)
 def test_the_average_is_the_one_made_by_hand(
-    pack: Pack, tmp_path: Path, config: TrainConfig, decay: float
+    pack: Pack, tmp_path: Path, config: Recipe, decay: float
 ) -> None:
     """One step an epoch and a constant learning rate: the weights after n epochs are those of step n."""
     plain = replace(config, batch_size=48, warmup=None, ema=0.0)
@@ -300,7 +289,7 @@ def test_the_average_is_what_is_judged_and_kept(
 
 
 @pytest.mark.parametrize("config", [BASELINE, CRNN], ids=lambda c: c.model)
-def test_a_second_run_gives_the_same_files(pack: Pack, tmp_path: Path, config: TrainConfig) -> None:
+def test_a_second_run_gives_the_same_files(pack: Pack, tmp_path: Path, config: Recipe) -> None:
     first = train(config, pack, tmp_path / "one")
     torch.rand(7)  # what happened before does not matter
     np.random.rand(7)
@@ -338,7 +327,7 @@ def test_several_threads_give_the_same_files_too(pack: Pack, tmp_path: Path) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [BASELINE, CRNN], ids=lambda c: c.model)
-def test_no_step_waits_for_the_gpu(pack: Pack, config: TrainConfig) -> None:
+def test_no_step_waits_for_the_gpu(pack: Pack, config: Recipe) -> None:
     """PyTorch raises an error where a step would ask the GPU for a number."""
     device = resolve_device("cuda")
     clips = SpectrogramDataset(pack.split("train"), device)
@@ -361,7 +350,7 @@ def test_no_step_waits_for_the_gpu(pack: Pack, config: TrainConfig) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [BASELINE, CRNN], ids=lambda c: c.model)
-def test_a_gpu_gives_the_same_files_too(pack: Pack, tmp_path: Path, config: TrainConfig) -> None:
+def test_a_gpu_gives_the_same_files_too(pack: Pack, tmp_path: Path, config: Recipe) -> None:
     files = [files_in(tmp_path / name) for name in ("one", "two")]
     for one in files:
         fit(config, pack, one, resolve_device("cuda"), progress=False)
@@ -375,9 +364,11 @@ def test_a_gpu_gives_the_same_files_too(pack: Pack, tmp_path: Path, config: Trai
 KILLED_SCRIPT = """
 import os, signal, sys
 import torch
-from fma_nb.dataset import SpectrogramDataset, load_pack
-from fma_nb.recipe import TrainConfig
-from fma_nb.training import RunFiles, fit
+from fma_nb.dataset import SpectrogramDataset
+from fma_nb.bulk.pack import load_pack
+from fma_nb.recipe import Recipe
+from fma_nb.runs.checkpoint import RunFiles
+from fma_nb.runs.fit import fit
 from pathlib import Path
 
 name, nth, threads, config = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
@@ -393,11 +384,11 @@ def kill(event, args):
 
 sys.addaudithook(kill)
 files = RunFiles(folder / "m_best.pt", folder / "m_last.pt", folder / "m.csv")
-fit(TrainConfig(**config), load_pack("fma_small", "compact"), files, torch.device("cpu"), progress=False)
+fit(Recipe(**config), load_pack("fma_small", "compact"), files, torch.device("cpu"), progress=False)
 """
 
 
-def train_and_be_killed(config: TrainConfig, data: Path, folder: Path, name: str, nth: int) -> RunFiles:
+def train_and_be_killed(config: Recipe, data: Path, folder: Path, name: str, nth: int) -> RunFiles:
     folder.mkdir()
     arguments = [name, str(nth), str(torch.get_num_threads()), repr(asdict(config))]
     result = subprocess.run(
@@ -437,7 +428,7 @@ def test_a_killed_run_goes_on_to_the_same_files(
 TRAINING_SCRIPT = KILLED_SCRIPT.replace("sys.addaudithook(kill)", 'print("started", flush=True)')
 
 
-def start_training(config: TrainConfig, data: Path, folder: Path) -> subprocess.Popen[str]:
+def start_training(config: Recipe, data: Path, folder: Path) -> subprocess.Popen[str]:
     """Start a training in a process of its own; return when it is about to begin."""
     folder.mkdir(exist_ok=True)
     child = subprocess.Popen(
@@ -647,15 +638,15 @@ def test_a_loss_that_is_no_number_stops_training(
 )
 def test_an_impossible_configuration_is_named(name: str, value: Any) -> None:
     with pytest.raises(FmaNbError) as caught:
-        TrainConfig(**{name: value})
+        Recipe(**{name: value})
     assert_one_sentence(caught.value, f"{name}={value!r}")
 
 
 def test_only_a_crnn_has_an_architecture_to_choose() -> None:
     options = {"pooling": "mean", "band_norm": False, "width": 0.5, "dropout": 0.1}
-    assert TrainConfig("baseline", **options).architecture() == {}
+    assert Recipe("baseline", **options).architecture() == {}
     for model in MODELS[1:]:
-        assert TrainConfig(model, **options).architecture() == options
+        assert Recipe(model, **options).architecture() == options
 
 
 def test_number_of_seeds() -> None:
@@ -870,7 +861,7 @@ def batch(n_clips: int = 8, n_mels: int = 40, n_frames: int = 50) -> tuple[torch
 
 def test_without_ingredients_a_batch_stays_as_it_is() -> None:
     images, labels = batch()
-    inputs, partner, share = augment(images, labels, TrainConfig())
+    inputs, partner, share = augment(images, labels, Recipe())
     assert torch.equal(inputs, to_input(images))
     assert torch.equal(partner, labels)
     assert share == 1.0
@@ -896,13 +887,13 @@ def origins(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def warped(seed: int = 0, **ingredients: Any) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
-    return origins(warp(numbered(), TrainConfig(**ingredients)))
+    return origins(warp(numbered(), Recipe(**ingredients)))
 
 
 def test_nothing_is_warped_without_being_asked_for() -> None:
     images = numbered()
-    others = TrainConfig(gain=5.0, freq_mask=0.3, time_mask=0.3, mixup=0.3)
-    for config in (TrainConfig(), others):
+    others = Recipe(gain=5.0, freq_mask=0.3, time_mask=0.3, mixup=0.3)
+    for config in (Recipe(), others):
         assert torch.equal(warp(images, config), images)
 
 
@@ -922,7 +913,7 @@ def test_a_crop_is_a_stretch_of_each_clip_from_a_random_start(time_shift: bool) 
 def test_shifting_rotates_every_clip_on_its_own() -> None:
     images, labels = batch(32)
     torch.manual_seed(0)
-    shifted = warp(images, TrainConfig(time_shift=True))
+    shifted = warp(images, Recipe(time_shift=True))
     assert shifted.dtype == images.dtype
     shifts = []
     for before, after in zip(images, shifted, strict=True):
@@ -932,7 +923,7 @@ def test_shifting_rotates_every_clip_on_its_own() -> None:
     assert len(set(shifts)) > 10
 
     torch.manual_seed(0)
-    inputs, _, _ = augment(images, labels, TrainConfig(time_shift=True))
+    inputs, _, _ = augment(images, labels, Recipe(time_shift=True))
     assert torch.equal(inputs, to_input(shifted))
 
 
@@ -975,7 +966,7 @@ def test_mel_shift_moves_every_clip_by_whole_bands(furthest: int) -> None:
 
 def test_a_mel_shift_beyond_the_image_leaves_the_edge() -> None:
     torch.manual_seed(0)
-    _, bands = origins(warp(numbered(n_mels=4), TrainConfig(mel_shift=64)))
+    _, bands = origins(warp(numbered(n_mels=4), Recipe(mel_shift=64)))
     assert {tuple(clip) for clip in bands.tolist()} >= {(0, 0, 0, 0), (3, 3, 3, 3)}
 
 
@@ -1035,7 +1026,7 @@ def test_colour_leaves_silence_silent() -> None:
 def test_gain_is_in_decibels() -> None:
     images = torch.full((400, 41, 6), 128, dtype=torch.uint8)
     torch.manual_seed(0)
-    inputs, _, _ = augment(images, torch.zeros(400), TrainConfig(gain=5.0))
+    inputs, _, _ = augment(images, torch.zeros(400), Recipe(gain=5.0))
     added = curves(inputs, to_input(images)) * DYNAMIC_RANGE_DB
     assert added[:, ::8].std() == pytest.approx(5.0, rel=0.1)
 
@@ -1044,7 +1035,7 @@ def test_gain_is_in_decibels() -> None:
 def test_masks_blank_one_stretch_of_each_clip(name: str, axis: int, longest: int) -> None:
     images, labels = batch(64)
     torch.manual_seed(0)
-    inputs, _, share = augment(images, labels, TrainConfig(**{name: 0.3}))
+    inputs, _, share = augment(images, labels, Recipe(**{name: 0.3}))
     original = to_input(images)
     assert share == 1.0
     masked = inputs == 0  # no grey level of the batch is 0
@@ -1065,7 +1056,7 @@ def test_mixup_blends_pairs_by_their_share() -> None:
     original = to_input(images)
     shares = []
     for _ in range(50):
-        inputs, partner, share = augment(images, labels, TrainConfig(mixup=0.3))
+        inputs, partner, share = augment(images, labels, Recipe(mixup=0.3))
         blended = share * original + (1 - share) * original[partner]
         torch.testing.assert_close(inputs, blended)
         assert sorted(partner.tolist()) == labels.tolist()
@@ -1079,7 +1070,7 @@ def test_mixup_blends_pairs_by_their_share() -> None:
 def test_weight_decay_shrinks_weights_and_spares_biases_and_gains(optimizer: str) -> None:
     model = build_model("crnn", 8, 32, 32, width=0.25)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = TrainConfig("crnn", optimizer=optimizer, weight_decay=0.5, lr=0.1)
+    config = Recipe("crnn", optimizer=optimizer, weight_decay=0.5, lr=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     make_optimizer(model, config).step()
@@ -1101,7 +1092,7 @@ def test_orthogonal_keeps_the_directions_of_a_matrix_and_levels_their_sizes(shap
 
 
 def test_muon_steps_equally_far_in_all_directions_and_leaves_the_rest_to_adamw() -> None:
-    config = replace(default_config("crnn"), width=0.25)
+    config = replace(default_recipe("crnn"), width=0.25)
     networks = [build_model("crnn", 8, 32, 32, **config.architecture()) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     optimizers = [
@@ -1126,7 +1117,7 @@ def test_muon_steps_equally_far_in_all_directions_and_leaves_the_rest_to_adamw()
 
 
 def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> None:
-    plain = replace(TrainConfig("crnn", width=0.25), epochs=1, batch_size=20, optimizer="adamw")
+    plain = replace(Recipe("crnn", width=0.25), epochs=1, batch_size=20, optimizer="adamw")
     ingredients: list[dict[str, Any]] = [
         {},
         {"time_shift": True},

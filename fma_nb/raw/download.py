@@ -1,41 +1,37 @@
 """Download FMA's archives, check and unpack them into ``data/raw/``: the pipeline's first stage.
 
-`download` is all that a user needs; it chains `fetch`, `extract` and `verify_checksums`. Each step
-leaves its finished part on disk, so that a call after a crash, a full disk or Ctrl-C goes on from
-there: bytes in ``<name>.zip.part``, members under their final names, and at the very end the record
-``<name>.json``, which makes the next call return at once.
+`download` calls `fetch`, `extract` and `verify_checksums`. Each step keeps what it finished on disk, so
+that a call after a crash, a full disk or Ctrl-C goes on from there: bytes in ``<name>.zip.part``, members
+under their final names, and at the end the record ``<name>.json``, which makes the next call return at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import shutil
 import stat
-import sys
 import threading
 import time
-import zipfile
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO
+from typing import BinaryIO
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import requests
-import urllib3
 from filelock import FileLock, Timeout
-from tqdm import tqdm
+from urllib3.exceptions import HTTPError
 
+from fma_nb.progress import Progress, format_bytes
 from fma_nb.project import FmaNbError, atomic_path, data_dir
 
 FMA_URL = "https://os.unil.cloud.switch.ch/fma/"
 PIECE_BYTES = 1 << 20
+_sha1 = functools.partial(hashlib.sha1, usedforsecurity=False)
 
 
 @dataclass(frozen=True)
@@ -58,15 +54,12 @@ ARCHIVES = {
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Bounds, in s, on a server's silence and on the pauses, which double from ``backoff`` on.
+    """How long, in s, to wait for a server, and how often to ask it again."""
 
-    ``attempts`` is how many requests in a row may bring nothing new.
-    """
-
-    timeout: float = 30.0
-    attempts: int = 6
-    backoff: float = 1.0
-    longest_wait: float = 60.0
+    timeout: float = 30.0  # the longest silence
+    attempts: int = 6  # requests in a row that may bring nothing new
+    backoff: float = 1.0  # the first pause; each is twice the one before
+    longest_wait: float = 60.0  # between two requests
 
 
 def download(
@@ -74,17 +67,24 @@ def download(
     *,
     base_url: str = FMA_URL,
     archive_path: Path | None = None,
-    keep_archive: bool = True,
-    progress: bool = True,
     policy: RetryPolicy = RetryPolicy(),
 ) -> Path:
     """Bring one of `ARCHIVES` to ``data/raw/`` and return its unpacked folder.
 
-    archive_path : a copy of the archive already on disk; it is checked, used and left alone.
-    keep_archive : keep the downloaded zip file beside the folder (the default), or remove it.
-
     Call it again after any failure: it goes on where it stopped. Once all is done it does nothing;
-    delete ``data/raw/<name>.json`` to have every file checked again. Raises `FmaNbError`.
+    delete ``data/raw/<name>.json`` to have every file checked again.
+
+    Parameters
+    ----------
+    base_url
+        The address of the folder that has ``<name>.zip``.
+    archive_path
+        A copy of the archive on disk, to use instead of a download. It is checked and left alone.
+
+    Raises
+    ------
+    FmaNbError
+        When the server or the archive is at fault, a file cannot be written, or another process downloads.
     """
     raw = data_dir() / "raw"
     zip_path, folder, record = (raw / f"{archive.name}{end}" for end in (".zip", "", ".json"))
@@ -94,16 +94,13 @@ def download(
             with FileLock(raw / f".{archive.name}.lock", timeout=0):
                 if archive_path is None:
                     _check_space_for_download(archive, zip_path)
-                    url = f"{base_url.rstrip('/')}/{zip_path.name}"
-                    fetch(url, zip_path, archive.sha1, policy=policy, progress=progress)
+                    fetch(f"{base_url.rstrip('/')}/{zip_path.name}", zip_path, archive.sha1, policy)
                 else:
-                    verify_sha1(archive_path, archive.sha1, progress=progress)
-                n_members = extract(archive_path or zip_path, folder, progress=progress)
-                verify_checksums(folder, progress=progress)
+                    verify_sha1(archive_path, archive.sha1)
+                n_members = extract(archive_path or zip_path, folder)
+                verify_checksums(folder)
                 with atomic_path(record) as temporary:
                     temporary.write_text(json.dumps({"sha1": archive.sha1, "members": n_members}))
-        if not keep_archive:
-            zip_path.unlink(missing_ok=True)
     except Timeout as error:
         raise FmaNbError(
             f"Another process is downloading {archive.name} to {raw}: wait until it is done."
@@ -124,71 +121,60 @@ def _is_finished(archive: Archive, folder: Path, record: Path) -> bool:
 
 
 def _check_space_for_download(archive: Archive, zip_path: Path) -> None:
-    """Check room for zip and folder at once, before hours go by; `extract` checks again exactly."""
+    """Check the space for zip and folder before the download; `extract` checks again exactly."""
+    part = zip_path.with_name(f"{zip_path.name}.part")
     if not zip_path.exists():
-        part = _part_path(zip_path)
         n_received = part.stat().st_size if part.exists() else 0
-        n_bytes = archive.n_bytes - n_received + archive.unpacked_bytes
-        check_free_space(zip_path.parent, n_bytes, archive.name)
-
-
-def check_free_space(folder: Path, n_bytes: int, what: str) -> None:
-    """Raise `FmaNbError` unless the disk that holds ``folder`` has ``n_bytes`` free."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        needed, found = (tqdm.format_sizeof(n, "B") for n in (n_bytes, free))
-        raise FmaNbError(
-            f"{what} needs {needed} in {folder}, where {found} is free: make space, or move the data "
-            "with FMA_NB_DATA."
+        _check_free_space(
+            zip_path.parent, archive.n_bytes - n_received + archive.unpacked_bytes, archive.name
         )
 
 
-def fetch(
-    url: str,
-    path: Path,
-    sha1: str,
-    *,
-    policy: RetryPolicy = RetryPolicy(),
-    progress: bool = True,
-) -> None:
+def _check_free_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Raise `FmaNbError` unless the disk that holds ``folder`` has ``n_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise FmaNbError(
+            f"{what} needs {format_bytes(n_bytes)} in {folder}, where {format_bytes(free)} is free: "
+            "make space, or move the data with FMA_NB_DATA."
+        )
+
+
+def fetch(url: str, path: Path, sha1: str, policy: RetryPolicy) -> None:
     """Download ``url`` to ``path``, going on from ``<path>.part`` where the server has HTTP ranges.
 
-    ``path`` appears once its SHA-1 is right. Raises `FmaNbError` when the server refuses, sends
-    something else, or fails ``policy.attempts`` times in a row; `OSError` when writing fails.
+    ``path`` appears once its SHA-1 is right.
+
+    Raises
+    ------
+    FmaNbError, OSError
+        When the server refuses, sends something else, or fails too often; when writing fails.
     """
-    part = _part_path(path)
+    part = path.with_name(f"{path.name}.part")
     if path.exists():
-        if _hash_file(path, progress).hexdigest() == sha1:
+        if _hash_file(path).hexdigest() == sha1:
             return
         path.replace(part)  # Most likely an unfinished download by other means.
-    part.touch()
-    digest = _hash_file(part, progress and part.stat().st_size > 0)
-    with part.open("ab") as file, _bar(path.name, progress, initial=file.tell()) as bar:
+    digest = _hash_file(part) if part.exists() else _sha1()
+    with part.open("ab") as file, Progress(None, path.name, "B") as bar:
         received = _Received(file, digest, bar)
         _fetch_rest(url, received, sha1, policy)
-    if received.sha1 != sha1:
+    if (found := received.digest.hexdigest()) != sha1:
         part.unlink()
         raise FmaNbError(
-            f"{url} sent {received.n_bytes} bytes with SHA-1 {received.sha1} instead of {sha1}: "
+            f"{url} sent {received.n_bytes} bytes with SHA-1 {found} instead of {sha1}: "
             "they were removed; call again to start over, or choose another address (--url, base_url)."
         )
     part.replace(path)
 
 
-def _part_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
-
-
 class _Received:
-    """The bytes received so far: a growing file, its SHA-1, and the ETag of their version."""
+    """The bytes received so far: a growing file, its SHA-1, and the ETag of the server's version."""
 
-    def __init__(self, file: BinaryIO, digest: hashlib._Hash, bar: tqdm) -> None:
+    def __init__(self, file: BinaryIO, digest: hashlib._Hash, bar: Progress) -> None:
         self.file, self.digest, self.bar = file, digest, bar
         self.n_bytes, self.etag = file.tell(), ""
-
-    @property
-    def sha1(self) -> str:
-        return self.digest.hexdigest()
+        bar.start_at(self.n_bytes)
 
     def append(self, piece: bytes) -> None:
         self.file.write(piece)
@@ -199,30 +185,17 @@ class _Received:
     def clear(self) -> None:
         self.file.truncate(0)
         self.digest, self.n_bytes, self.etag = _sha1(), 0, ""
-        self.bar.initial = 0
-        self.bar.reset()
-
-
-class _TransientError(Exception):
-    """The server did not send everything; it may at the next attempt."""
-
-
-_TRANSIENT = (
-    _TransientError,
-    requests.ConnectionError,
-    requests.Timeout,
-    urllib3.exceptions.HTTPError,
-)
+        self.bar.start_at(0)
 
 
 def _fetch_rest(url: str, received: _Received, sha1: str, policy: RetryPolicy) -> None:
     """Request what is missing, again and again, until ``sha1`` is reached or the server is done."""
     failures, furthest = 0, received.n_bytes
     # Asking the SHA-1, not the server, whether all is there also copes with a wrong Content-Length.
-    while received.sha1 != sha1:
+    while received.digest.hexdigest() != sha1:
         try:
             return _request_rest(url, received, policy.timeout)
-        except _TRANSIENT as error:
+        except (ConnectionError, requests.ConnectionError, requests.Timeout, HTTPError) as error:
             failures = 1 if received.n_bytes > furthest else failures + 1
             furthest = max(furthest, received.n_bytes)
             if failures >= policy.attempts:
@@ -231,8 +204,7 @@ def _fetch_rest(url: str, received: _Received, sha1: str, policy: RetryPolicy) -
                     f"from {received.n_bytes} bytes, or choose another address (--url, base_url)."
                 ) from error
             wait = min(policy.backoff * 2 ** (failures - 1), policy.longest_wait)
-            if not received.bar.disable:
-                tqdm.write(f"{error}: trying again in {wait:.0f} s", file=sys.stderr)
+            received.bar.write(f"{error}: trying again in {wait:.0f} s")
             time.sleep(wait)
         except requests.RequestException as error:
             raise FmaNbError(f"{url} cannot be fetched ({error}): check --url (base_url).") from error
@@ -252,18 +224,19 @@ def _request_rest(url: str, received: _Received, timeout: float) -> None:
         received.etag = "" if etag.startswith("W/") else etag
         length = response.raw.length_remaining
         if length is not None:
-            check_free_space(Path(received.file.name).parent, length, url)
+            _check_free_space(Path(received.file.name).parent, length, url)
             received.bar.total = received.n_bytes + length
         # read1 hands over each piece as it arrives; read and iter_content drop one when cut off.
         while piece := response.raw.read1(PIECE_BYTES, decode_content=False):
             received.append(piece)
     if received.n_bytes < total:
-        raise _TransientError(f"{url} sent {received.n_bytes} of {total} bytes")
+        raise ConnectionError(f"{url} sent {received.n_bytes} of {total} bytes")
 
 
 def _check_answer(url: str, response: requests.Response, received: _Received) -> int:
     """Make sure that the body fits behind ``received``; return the file's length, 0 if untold."""
     status, start = response.status_code, received.n_bytes
+    answer = f"{url} answered HTTP {status} {response.reason}"
     way_out = "choose another address (--url, base_url) or"
     if status in (200, 206) and "text/html" in response.headers.get("Content-Type", ""):
         raise FmaNbError(f"{url} is a web page, perhaps your network's login: {way_out} log in.")
@@ -279,62 +252,59 @@ def _check_answer(url: str, response: requests.Response, received: _Received) ->
     if status in (200, 416) and start:
         received.clear()  # The server has no ranges, another version, or fewer bytes than we do.
     if status in (416, 429) or status >= 500:
-        raise _TransientError(f"{url} answered HTTP {status} {response.reason}")
+        raise ConnectionError(answer)
     if status != 200:
-        raise FmaNbError(
-            f"{url} answered HTTP {status} {response.reason}: {way_out} give a copy of the archive that "
-            "is on disk (--archive, archive_path)."
-        )
+        raise FmaNbError(f"{answer}: {way_out} give a copy of the archive (--archive, archive_path).")
     return 0
 
 
-def verify_sha1(path: Path, sha1: str, *, progress: bool = True) -> None:
+def verify_sha1(path: Path, sha1: str) -> None:
     """Raise `FmaNbError` unless the file at ``path`` is there and has this SHA-1."""
     if not path.is_file():
         raise FmaNbError(f"The archive {path} is not a file: give the path of a zip file.")
-    found = _hash_file(path, progress).hexdigest()
-    if found != sha1:
+    if (found := _hash_file(path).hexdigest()) != sha1:
         raise FmaNbError(
             f"{path} has SHA-1 {found} instead of {sha1}, so it is unfinished, damaged or another "
             "file: give a good copy, or none to download one."
         )
 
 
-def extract(zip_path: Path, folder: Path, *, progress: bool = True) -> int:
+def extract(zip_path: Path, folder: Path) -> int:
     """Unpack an archive whose members all lie in ``<folder's name>/``; return their number.
 
     A member appears under its name when it is complete, so what is there already stays as it is.
-    Members are unpacked in threads, for bzip2 is slow (20 MB/s a core) and leaves Python's lock
-    free. Raises `FmaNbError` when a member is unsafe or damaged; `OSError` when writing fails.
+    Members are unpacked in threads: bzip2 is slow (20 MB/s a core) and leaves Python's lock free.
+
+    Raises
+    ------
+    FmaNbError, OSError
+        When a member is unsafe or damaged; when writing fails.
     """
     staging = folder / ".partial"
     try:
-        with zipfile.ZipFile(zip_path) as archive:
+        with ZipFile(zip_path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             for member in members:
                 _check_member(member, folder.name, zip_path)
             missing = [member for member in members if not _is_extracted(member, folder)]
             n_bytes = sum(member.file_size for member in missing)
             folder.mkdir(parents=True, exist_ok=True)
-            check_free_space(folder, n_bytes, str(zip_path))
+            _check_free_space(folder, n_bytes, str(zip_path))
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             extract_one = functools.partial(_extract_member, archive, threading.Lock(), staging)
-            with (
-                _bar(f"unpacking {folder.name}", progress, total=n_bytes) as bar,
-                ThreadPoolExecutor(os.cpu_count()) as pool,
-            ):
+            with Progress(n_bytes, f"unpacking {folder.name}", "B") as bar, ThreadPoolExecutor() as pool:
                 for n_extracted in pool.map(extract_one, missing):
                     bar.update(n_extracted)
             staging.rmdir()
-    except zipfile.BadZipFile as error:
+    except BadZipFile as error:
         raise FmaNbError(
             f"{zip_path} is damaged ({error}): delete it and call again, or give a good copy."
         ) from error
     return len(members)
 
 
-def _check_member(member: zipfile.ZipInfo, top: str, zip_path: Path) -> None:
+def _check_member(member: ZipInfo, top: str, zip_path: Path) -> None:
     """Refuse a member that is not a plain file or would land outside ``top``."""
     is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
     if not is_file or not _is_inside(member.filename) or not member.filename.startswith(f"{top}/"):
@@ -349,57 +319,46 @@ def _is_inside(name: str) -> bool:
     return not (name.startswith("/") or ".." in PurePosixPath(name).parts or set("\\:") & set(name))
 
 
-def _is_extracted(member: zipfile.ZipInfo, folder: Path) -> bool:
+def _is_extracted(member: ZipInfo, folder: Path) -> bool:
     path = folder.parent / member.filename
     return path.is_file() and path.stat().st_size == member.file_size
 
 
-def _extract_member(
-    archive: zipfile.ZipFile, lock: threading.Lock, staging: Path, member: zipfile.ZipInfo
-) -> int:
+def _extract_member(archive: ZipFile, lock: threading.Lock, staging: Path, member: ZipInfo) -> int:
     """Unpack one member in ``staging``, move it to its place and return its number of bytes."""
     staged = staging / str(member.header_offset)
     try:
-        with _open_member(archive, lock, member) as source, staged.open("wb") as target:
-            shutil.copyfileobj(source, target, PIECE_BYTES)
-            n_bytes = target.tell()
-    except (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        with lock:  # ZipFile counts its open members without a lock.
+            source = archive.open(member)
+        try:
+            with staged.open("wb") as target:
+                shutil.copyfileobj(source, target, PIECE_BYTES)
+                n_bytes = target.tell()
+        finally:
+            with lock:
+                source.close()
+    except (EOFError, OSError, RuntimeError, zlib.error, BadZipFile) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # A full disk, say; bz2's "Invalid data stream" has no number.
-        raise zipfile.BadZipFile(f"member {member.filename}: {error}") from error
+        raise BadZipFile(f"member {member.filename}: {error}") from error
     if n_bytes != member.file_size:
-        raise zipfile.BadZipFile(f"member {member.filename}: {n_bytes} bytes")
+        raise BadZipFile(f"member {member.filename}: {n_bytes} bytes")
     path = staging.parent.parent / member.filename
     path.parent.mkdir(parents=True, exist_ok=True)
     staged.replace(path)
     return n_bytes
 
 
-@contextlib.contextmanager
-def _open_member(
-    archive: zipfile.ZipFile, lock: threading.Lock, member: zipfile.ZipInfo
-) -> Iterator[IO[bytes]]:
-    """Open a member in one thread of several: ZipFile counts its open members without a lock."""
-    with lock:
-        source = archive.open(member)
-    try:
-        yield source
-    finally:
-        with lock:
-            source.close()
+def verify_checksums(folder: Path) -> None:
+    """Raise `FmaNbError` unless every file that ``<folder>/checksums`` names is there with its SHA-1.
 
-
-def verify_checksums(folder: Path, *, progress: bool = True) -> None:
-    """Compare every file named in ``<folder>/checksums`` with its SHA-1 there.
-
-    Files that differ are removed, so that `extract` makes them anew. Raises `FmaNbError` when a
-    file differs or is missing, or when the list itself cannot be used.
+    Files that differ are removed, so that `extract` makes them anew.
     """
     bad, checksums = [], _read_checksums(folder / "checksums")
-    with _bar(f"checking {folder.name}", progress, total=len(checksums), unit=" files") as bar:
+    with Progress(len(checksums), f"checking {folder.name}", "file") as bar:
         for name, sha1 in checksums.items():
             path = folder / name
-            if not path.is_file() or _hash_file(path, progress=False).hexdigest() != sha1:
+            if not path.is_file() or _hash_file(path, visible=False).hexdigest() != sha1:
                 path.unlink(missing_ok=True)
                 bad.append(name)
             bar.update()
@@ -424,20 +383,10 @@ def _read_checksums(path: Path) -> dict[str, str]:
     return checksums
 
 
-_sha1 = functools.partial(hashlib.sha1, usedforsecurity=False)
-
-
-def _hash_file(path: Path, progress: bool) -> hashlib._Hash:
-    digest = _sha1()
-    with path.open("rb") as file, _bar(f"checking {path.name}", progress) as bar:
-        bar.total = path.stat().st_size
+def _hash_file(path: Path, *, visible: bool = True) -> hashlib._Hash:
+    digest, n_bytes = _sha1(), path.stat().st_size
+    with path.open("rb") as file, Progress(n_bytes, f"checking {path.name}", "B", visible=visible) as bar:
         while piece := file.read(PIECE_BYTES):
             digest.update(piece)
             bar.update(len(piece))
     return digest
-
-
-def _bar(name: str, progress: bool, **options: Any) -> tqdm:
-    """Return a progress bar that counts bytes on a terminal and keeps quiet in a log file."""
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} | options
-    return tqdm(desc=name, disable=None if progress else True, **options)

@@ -19,11 +19,12 @@ import papermill
 from jupyter_client.kernelspec import KernelSpecManager
 from papermill.exceptions import PapermillExecutionError
 
-from fma_nb.dataset import load_pack, scan_pngs
-from fma_nb.evaluation import SHIPPED_WEIGHTS, chosen_split, evaluation_splits
+from fma_nb.bulk.pack import load_pack, scan_pngs
+from fma_nb.commands.report import write_report
+from fma_nb.evaluation import chosen_split, evaluation_splits
 from fma_nb.metadata import load_index
-from fma_nb.mini import make_fma_mini
 from fma_nb.project import (
+    SHIPPED_WEIGHTS,
     SYNTHETIC_DATASETS,
     FmaNbError,
     check_dataset,
@@ -32,8 +33,8 @@ from fma_nb.project import (
     run_dir,
     spectrogram_dir,
 )
-from fma_nb.recipe import TrainConfig, typed
-from fma_nb.report import write_report
+from fma_nb.raw.mini import make_fma_mini
+from fma_nb.recipe import Recipe, typed
 from fma_nb.spectrogram import get_preset
 from fma_nb.training import resolve_device
 
@@ -142,7 +143,7 @@ def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, 
 
 def _check_values(given: dict[str, Any]) -> None:
     training = {key: given[key] for key in ("epochs", "batch_size", "lr") if key in given}
-    replace(TrainConfig(), **training)
+    replace(Recipe(), **training)
     resolve_device(given["device"], given.get("gpu_memory_fraction", 1.0))
     chosen_split(given["dataset"], given.get("evaluation_split", ""))
     if given.get("n_seeds", 1) < 1:
@@ -177,7 +178,7 @@ def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     digest.update(json.dumps([cell.source for cell in cells]).encode())
-    for module in sorted((project_root() / "fma_nb").glob("*.py")):
+    for module in sorted((project_root() / "fma_nb").rglob("*.py")):
         digest.update(module.read_bytes())
     digest.update(_data_state(parameters["dataset"], parameters.get("preset")).encode())
     for path in _files_read(name, parameters, run):

@@ -77,7 +77,7 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fma_nb.run import RunRequest, run_notebooks
+    from fma_nb.commands.notebooks import RunRequest, run_notebooks
 
     request = RunRequest(
         dataset=options.dataset,
@@ -98,13 +98,13 @@ def _add_mini(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _mini(options: argparse.Namespace) -> None:
-    from fma_nb.mini import make_fma_mini
+    from fma_nb.raw.mini import make_fma_mini
 
     print(f"fma_mini (synthetic) is in {_shown(make_fma_mini(workers=options.workers))}")
 
 
 def _add_download(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from fma_nb.download import ARCHIVES, FMA_URL
+    from fma_nb.raw.download import ARCHIVES, FMA_URL
 
     names = list(ARCHIVES)
     command = commands.add_parser("download", help="download and verify FMA's archives")
@@ -115,7 +115,7 @@ def _add_download(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _download(options: argparse.Namespace) -> None:
-    from fma_nb.download import ARCHIVES, download
+    from fma_nb.raw.download import ARCHIVES, download
 
     if options.archive and len(options.names) > 1:
         raise FmaNbError("--archive names one file: give one NAME with it.")
@@ -136,8 +136,8 @@ def _add_spectrograms(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _spectrograms(options: argparse.Namespace) -> None:
+    from fma_nb.bulk.spectrograms import make_spectrograms
     from fma_nb.project import spectrogram_dir
-    from fma_nb.spectrogram import make_spectrograms
 
     skipped = make_spectrograms(
         options.dataset, options.preset, workers=options.workers, scheduler=options.scheduler
@@ -160,7 +160,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from fma_nb.evaluation import evaluate_run
+    from fma_nb.commands.evaluate import evaluate_run
 
     run = options.run or options.dataset
     print(evaluate_run(run, options.model, options.dataset, options.preset, options.split, options.device))
@@ -187,13 +187,13 @@ def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _ablate(options: argparse.Namespace) -> None:
-    from fma_nb.ablation import ALL_ROWS, ablation_table, cross_validate, run_ablation
-    from fma_nb.dataset import load_pack
-    from fma_nb.recipe import changed_config, default_config
+    from fma_nb.bulk.pack import load_pack
+    from fma_nb.recipe import changed_recipe, default_recipe
+    from fma_nb.runs.ablation import ALL_ROWS, ablation_table, cross_validate, run_ablation
     from fma_nb.training import resolve_device
 
     run, device = options.run or options.dataset, resolve_device(options.device)
-    base = changed_config(default_config("crnn"), options.parameters)
+    base = changed_recipe(default_recipe("crnn"), options.parameters)
     pack = load_pack(options.dataset, options.preset)
     if options.folds:
         accuracies = cross_validate(pack, run, base, options.folds, device)
@@ -212,8 +212,7 @@ def _ablate(options: argparse.Namespace) -> None:
 def _draw_ablation(run: str, table: pd.DataFrame) -> None:
     import matplotlib.pyplot as plt
 
-    from fma_nb.plots import ablation_plot, use_style
-    from fma_nb.report import save_figure
+    from fma_nb.plots import ablation_plot, save_figure, use_style
 
     use_style()
     figure, ax = plt.subplots(figsize=(8, 1 + 0.36 * len(table)))
@@ -232,7 +231,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _export(options: argparse.Namespace) -> None:
-    from fma_nb.prediction import export_weights
+    from fma_nb.commands.predict import export_weights
 
     path = options.out or run_dir(options.run) / f"{options.model}.pt"
     temperature = export_weights(options.run, options.model, path)
@@ -250,8 +249,8 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from fma_nb.evaluation import SHIPPED_WEIGHTS
-    from fma_nb.prediction import bar_chart, load_classifier, predict
+    from fma_nb.commands.predict import bar_chart, load_classifier, predict
+    from fma_nb.project import SHIPPED_WEIGHTS
 
     classifier = load_classifier(options.weights or SHIPPED_WEIGHTS)
     if options.json:
@@ -269,7 +268,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _report(options: argparse.Namespace) -> None:
-    from fma_nb.report import write_report
+    from fma_nb.commands.report import write_report
 
     print(f"Open {_shown(write_report(options.run))} in a browser.")
 

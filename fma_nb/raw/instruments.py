@@ -1,6 +1,6 @@
 """Synthetic instruments, drums and a room: how one note of `fma_mini` sounds.
 
-Used by `fma_nb.synthesis`, which decides what is played and when. Three classic methods make all the
+Used by `fma_nb.raw.score`, which decides what is played and when. Three classic methods make all the
 instruments: plucked strings, steady waves with few or many harmonics, and frequency modulation.
 
 References

@@ -1,6 +1,6 @@
 """Synthetic music in eight genres: what is played in `fma_mini`, by whom and when.
 
-Before the first stage of the pipeline: `fma_nb.mini` writes what is made here as MP3 files. A genre is
+Before the first stage of the pipeline: `fma_nb.raw.mini` writes what is made here as MP3 files. A genre is
 a table that reads like a score (`GENRES`), an artist a random draw of instruments and timbre, a track
 a random draw of tempo, key, chords, patterns and form. Genres come in pairs that share a band and differ
 in what happens over time: Folk and Instrumental, Pop and Electronic, Rock and Experimental.
@@ -17,7 +17,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from fma_nb.instruments import (
+from fma_nb.project import FmaNbError
+from fma_nb.raw.instruments import (
     DRUM_KITS,
     INSTRUMENTS,
     Samples,
@@ -27,7 +28,6 @@ from fma_nb.instruments import (
     filter_band,
     reverb,
 )
-from fma_nb.project import FmaNbError
 
 STEPS_PER_BAR = 16
 PEAK = 0.65  # MP3 at a low bit rate overshoots, at the worst by 3 dB

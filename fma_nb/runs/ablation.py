@@ -17,16 +17,11 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fma_nb.dataset import Pack, Split
-from fma_nb.evaluation import (
-    Metrics,
-    artist_groups,
-    correct_matrix,
-    paired_difference,
-    read_metrics,
-    train_and_evaluate,
-)
+from fma_nb.evaluation import Metrics, correct_matrix, paired_difference
+from fma_nb.metadata import artist_groups
 from fma_nb.project import FmaNbError, atomic_path, run_dir
-from fma_nb.recipe import TrainConfig, default_config
+from fma_nb.recipe import Recipe, default_recipe
+from fma_nb.runs.experiment import read_metrics, train_and_evaluate
 
 FINAL = "final"
 ROWS: dict[str, dict[str, Any]] = {
@@ -77,7 +72,7 @@ CSV_COLUMNS = [
 ]
 
 
-def row_config(row: str, base: TrainConfig) -> TrainConfig:
+def row_recipe(row: str, base: Recipe) -> Recipe:
     """Return a row's configuration.
 
     Parameters
@@ -94,7 +89,7 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
         When there is no such row.
     """
     if row in PLAIN_ROWS:
-        return replace(default_config("baseline"), **PLAIN_ROWS[row])
+        return replace(default_recipe("baseline"), **PLAIN_ROWS[row])
     if row in SCALED_ROWS:
         name, factor = SCALED_ROWS[row]
         value = getattr(base, name)
@@ -105,7 +100,7 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
 
 
 def run_ablation(
-    pack: Pack, run: str, rows: Sequence[str], base: TrainConfig, n_seeds: int, device: torch.device
+    pack: Pack, run: str, rows: Sequence[str], base: Recipe, n_seeds: int, device: torch.device
 ) -> Path:
     """Train and evaluate rows on validation, seed by seed; write ``ablation.csv`` after each row.
 
@@ -114,7 +109,7 @@ def run_ablation(
     path
         The CSV: one line a training, `CSV_COLUMNS`.
     """
-    configs = {row: row_config(row, base) for row in rows}
+    configs = {row: row_recipe(row, base) for row in rows}
     for row, config in configs.items():
         print(f"{row}:", flush=True)
         train_and_evaluate(config, pack, _row_run(run, row), device, n_seeds=n_seeds)
@@ -191,7 +186,7 @@ def ablation_table(run: str) -> pd.DataFrame:
 def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
     """Tell whether a row is a change of this final recipe, on the same data."""
     try:
-        wanted = asdict(row_config(row, TrainConfig(**final["config"])))
+        wanted = asdict(row_recipe(row, Recipe(**final["config"])))
     except (TypeError, FmaNbError):  # of another version of this project
         return False
     config = metrics["config"] | {"seed": wanted["seed"]}
@@ -241,9 +236,7 @@ def _part(split: Split, chosen: np.ndarray[Any, Any]) -> Split:
     return Split(split.images[chosen], split.labels[chosen], split.track_ids[chosen])
 
 
-def cross_validate(
-    pack: Pack, run: str, config: TrainConfig, n_folds: int, device: torch.device
-) -> list[float]:
+def cross_validate(pack: Pack, run: str, config: Recipe, n_folds: int, device: torch.device) -> list[float]:
     """Train a recipe once for each fold of the training split; write ``folds.csv``, a line a fold.
 
     Returns
@@ -261,7 +254,7 @@ def cross_validate(
 
 
 def _judge_fold(
-    fold: Pack, run: str, i: int, n_folds: int, config: TrainConfig, device: torch.device
+    fold: Pack, run: str, i: int, n_folds: int, config: Recipe, device: torch.device
 ) -> dict[str, Any]:
     metrics = train_and_evaluate(config, fold, _row_run(run, f"fold{i + 1}of{n_folds}"), device)
     result = metrics["seeds"][0]

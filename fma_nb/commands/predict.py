@@ -17,10 +17,10 @@ from torch import nn
 from fma_nb.audio import UnreadableClipError, load_windows
 from fma_nb.calibration import answers, fit_temperature
 from fma_nb.dataset import to_input
-from fma_nb.evaluation import SHIPPED_WEIGHTS, read_metrics
-from fma_nb.project import FmaNbError
+from fma_nb.project import SHIPPED_WEIGHTS, FmaNbError
+from fma_nb.runs.checkpoint import load_checkpoint, network_of, run_files, save_checkpoint
+from fma_nb.runs.experiment import read_metrics
 from fma_nb.spectrogram import get_preset, log_mel, to_grey
-from fma_nb.training import build_network, load_checkpoint, run_files, save_checkpoint
 
 SHIPPED_KEYS = ("model_state", "config", "genres", "preset", "image_shape", "epoch", "val_accuracy")
 # Nearly all of FMA's clips have it, so their mel bands mean these frequencies; Hz.
@@ -61,7 +61,7 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
     temperature = saved.get("temperature", 1.0)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise FmaNbError(f"{path} has temperature {temperature!r}, which must be a number above 0.")
-    network = build_network(path, saved).eval()
+    network = network_of(saved, path).eval()
     return Classifier(network, tuple(saved["genres"]), saved["preset"], temperature)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jinja2
 import nbformat
-from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
@@ -22,11 +21,11 @@ from fma_nb.evaluation import (
     EVALUATION_SPLITS,
     Estimate,
     Metrics,
-    artist_groups,
     correct_matrix,
     paired_difference,
     result_summary,
 )
+from fma_nb.metadata import artist_groups
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 
@@ -34,13 +33,6 @@ _TEMPLATES = Path(__file__).parent
 _SHOWN_CONFIG = ("dataset", "preset", "device", "date", "fingerprint")
 _COMPARED = (("crnn", "baseline"), ("crnn", "crnn_no_gru"))
 _PIXEL_RATIO = 1.6  # dots of a stored figure for one of the page: labels stay readable, and sharp
-
-
-def save_figure(figure: Figure, run: str, name: str, caption: str) -> None:
-    """Write a figure for the report; its caption, which is also its alternative text, goes inside."""
-    path = run_dir(run) / "figures" / f"{name}.png"
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=144, metadata={"Description": caption})
 
 
 def write_report(run: str) -> Path:

@@ -1,0 +1,225 @@
+"""The builder of the pack: every pixel of a tree of PNGs in one memory-mapped array a split.
+
+The pack is a cache: it is rebuilt by itself when a PNG is added, changed or removed. `fma_nb.dataset`
+reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from numpy.lib.format import write_array_header_1_0
+from PIL import Image
+
+from fma_nb.dataset import MIN_FRAMES, Pack, open_pack
+from fma_nb.project import (
+    SPLITS,
+    FmaNbError,
+    atomic_path,
+    check_dataset,
+    clear_temporaries,
+    make_folder,
+    spectrogram_dir,
+)
+from fma_nb.spectrogram import get_preset, png_name, png_path, read_png
+
+PACK_VERSION = 2
+ROW_COLUMNS = ["track_id", "split", "genre", "n_frames", "size", "mtime_ns"]
+
+Identity = tuple[int, str, str, int, int]
+Known = dict[Identity, npt.NDArray[np.uint8]]
+
+
+def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val")) -> Pack:
+    """Open the pack of a dataset's spectrograms, building it first where it is missing or stale.
+
+    Parameters
+    ----------
+    needed
+        The splits that must be there: training needs two, evaluating a trained network only its own.
+
+    Raises
+    ------
+    FmaNbError
+        When there are no spectrograms, a split or genre has none, a PNG is unreadable, or a track
+        stands in two places.
+    """
+    check_dataset(dataset)
+    get_preset(preset)
+    folder = spectrogram_dir(dataset, preset)
+    rows = scan_pngs(folder)
+    _check_rows(rows, folder, dataset, preset, needed)
+    pack_dir = folder / "pack"
+    make_folder(pack_dir)
+    with filelock.FileLock(pack_dir / ".lock"):
+        record = _read_record(pack_dir)
+        if record is None or record["state"] != _state_hash(rows):
+            old = _known_images(pack_dir, record) if record else {}
+            _build(rows, folder, pack_dir, old)
+        return open_pack(dataset, preset)
+
+
+def scan_pngs(folder: Path) -> pd.DataFrame:
+    """List the PNGs below a spectrogram folder: ``track_id, split, genre, size, mtime_ns``.
+
+    Raises
+    ------
+    FmaNbError
+        When a PNG's name is not a track id.
+    """
+    found: list[dict[str, Any]] = []
+    for split in SPLITS:
+        for genre_dir in sorted((folder / split).glob("*/")):
+            for png in sorted(genre_dir.glob("[!.]*.png")):
+                if not (png.stem.isdecimal() and png.name == png_name(int(png.stem))):
+                    raise FmaNbError(f"{png}: a spectrogram is named after its track, as in 000002.png.")
+                status = png.stat()
+                found.append(
+                    {
+                        "track_id": int(png.stem),
+                        "split": split,
+                        "genre": genre_dir.name,
+                        "size": status.st_size,
+                        "mtime_ns": status.st_mtime_ns,
+                    }
+                )
+    return pd.DataFrame(found, columns=["track_id", "split", "genre", "size", "mtime_ns"])
+
+
+def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str, needed: Sequence[str]) -> None:
+    if rows.empty:
+        command = f"fma-nb spectrograms --dataset {dataset} --preset {preset}"
+        raise FmaNbError(f"{folder} holds no spectrograms: make them with '{command}'.")
+    if rows["track_id"].duplicated().any():
+        twice = rows["track_id"][rows["track_id"].duplicated()].iloc[0]
+        raise FmaNbError(f"{folder}: track {twice} has two PNGs: remove one of them.")
+    for split in needed:
+        if not (rows["split"] == split).any():
+            raise FmaNbError(f"split {split!r} is empty: {folder / split} holds no PNG.")
+    genres = set(rows["genre"])
+    for split, group in rows.groupby("split"):
+        for genre in sorted(genres - set(group["genre"])):
+            raise FmaNbError(f"genre {genre!r} has no tracks in {folder / str(split)}.")
+
+
+def _state_hash(rows: pd.DataFrame) -> str:
+    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
+
+
+def _read_record(pack_dir: Path) -> dict[str, Any] | None:
+    """Return the record of a pack whose files are all there in full, else ``None``."""
+    try:
+        record: dict[str, Any] = json.loads((pack_dir / "pack.json").read_text())
+        whole = record["version"] == PACK_VERSION and all(
+            (pack_dir / name).stat().st_size == size for name, size in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record if whole else None
+
+
+def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, old: Known) -> None:
+    """Write the arrays and row tables, and last the record that makes them valid.
+
+    PNGs that have not changed since the ``old`` pack are copied from it instead of being decoded.
+    """
+    (pack_dir / "pack.json").unlink(missing_ok=True)
+    clear_temporaries(pack_dir)
+    sizes = [_image_size(row, folder, old) for row in rows.itertuples()]
+    if min(width for _, width in sizes) < MIN_FRAMES:
+        raise FmaNbError(f"{folder}: a PNG has fewer than {MIN_FRAMES} frames: remove it.")
+    if len({height for height, _ in sizes}) > 1:
+        raise FmaNbError(f"{folder}: its PNGs differ in height: keep those of one preset only.")
+    rows = rows.assign(n_frames=[width for _, width in sizes])[ROW_COLUMNS]
+    height, width = sizes[0][0], max(width for _, width in sizes)
+    genres = sorted(set(rows["genre"]))
+    digest = hashlib.sha256(json.dumps([genres, height, width]).encode())
+    fingerprint = digest.hexdigest()
+    for split, group in rows.groupby("split", sort=False):  # in the order of SPLITS: test comes last
+        with atomic_path(pack_dir / f"{split}.npy") as temporary:
+            _write_images(temporary, group, folder, old, (len(group), height, width), digest)
+        with atomic_path(pack_dir / f"{split}.csv") as temporary:
+            group.to_csv(temporary, index=False)
+        if split != "test":
+            fingerprint = digest.hexdigest()
+    splits = list(rows["split"].unique())
+    record = {
+        "version": PACK_VERSION,
+        "state": _state_hash(rows.drop(columns="n_frames")),
+        "fingerprint": fingerprint,
+        "genres": genres,
+        "splits": splits,
+        "files": {name: (pack_dir / name).stat().st_size for name in _file_names(splits)},
+    }
+    with atomic_path(pack_dir / "pack.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _write_images(
+    path: Path,
+    rows: pd.DataFrame,
+    folder: Path,
+    old: Known,
+    shape: tuple[int, int, int],
+    digest: hashlib._Hash,
+) -> None:
+    """Write one split's array image by image, as a plain ``.npy`` file that a full disk cannot corrupt."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        write_array_header_1_0(file, header)
+        for row in rows.itertuples():
+            known = old.get(_identity(row))
+            image = read_png(_png_of(row, folder)) if known is None else known
+            pixels = _fit_width(image, shape[2]).tobytes()
+            digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
+            digest.update(pixels)
+            file.write(pixels)
+
+
+def _known_images(pack_dir: Path, record: dict[str, Any]) -> Known:
+    """Return views of the images of a pack by the identity of the PNG each was read from."""
+    known: Known = {}
+    for split in record["splits"]:
+        images = np.load(pack_dir / f"{split}.npy", mmap_mode="r")
+        for i, row in enumerate(pd.read_csv(pack_dir / f"{split}.csv").itertuples()):
+            known[_identity(row)] = images[i, :, : row.n_frames]
+    return known
+
+
+def _identity(row: Any) -> Identity:
+    return (row.track_id, row.split, row.genre, row.size, row.mtime_ns)
+
+
+def _png_of(row: Any, folder: Path) -> Path:
+    return png_path(folder, row.split, row.genre, row.track_id)
+
+
+def _image_size(row: Any, folder: Path, old: Known) -> tuple[int, int]:
+    """Return height and width, from the header alone where the image is not known."""
+    known = old.get(_identity(row))
+    if known is not None:
+        return known.shape[0], known.shape[1]
+    path = _png_of(row, folder)
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
+
+
+def _file_names(splits: Sequence[str]) -> list[str]:
+    return [f"{split}.{ending}" for split in splits for ending in ("npy", "csv")]
+
+
+def _fit_width(image: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
+    """Repeat a shorter clip from its start up to ``width`` frames: music, not invented silence."""
+    repeats = -(-width // image.shape[1])
+    return np.tile(image, repeats)[:, :width]

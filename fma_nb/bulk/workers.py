@@ -1,0 +1,270 @@
+"""How the work on many clips is spread over the cores of one machine, or over a Dask cluster.
+
+A clip may crash its worker, hang it, or take a whole machine down: that costs this clip at most, never
+the run. Both ways call the same function, with a few jobs at a time: memory does not grow with the dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from fma_nb.project import FmaNbError, keep_freed_memory
+
+CPU_LIMIT_S = 60.0  # processor time for a job: a busy machine does not use it up
+CLIP_TIMEOUT_S = 60.0  # time in which a cluster finishes nothing
+CONNECT_TIMEOUT_S = 30.0
+AHEAD = 4  # jobs in flight for each worker of a cluster
+CRASHED = "the decoder crashed on it"
+NO_MEMORY = "needs too much memory"
+
+Job = tuple[Any, ...]
+Work = Callable[..., str | None]
+Outcomes = Iterator[tuple[Job, str | None]]
+
+
+def run_locally(work: Work, jobs: Iterable[Job], workers: int, *, cpu_limit_s: float = CPU_LIMIT_S) -> Outcomes:
+    """Call ``work(*job)`` for each job in processes of this machine; yield the jobs as they are done.
+
+    Whatever else ``work`` raises ends the run, and so do Ctrl-C, the end of this process and a caller that
+    takes no more: the processes are then killed, also in the middle of a job.
+
+    Parameters
+    ----------
+    work
+        A function that returns ``None``, or the reason why the job has to be skipped.
+    jobs
+        Tuples of arguments, taken one by one when a process is free.
+    workers
+        Number of processes, a core each.
+    cpu_limit_s
+        Processor time that a job may use, in s.
+
+    Yields
+    ------
+    job, reason
+        Jobs that exceed the limit, run out of memory, or crash twice have a reason, too.
+
+    Raises
+    ------
+    FmaNbError
+        When the processes cannot start.
+    """
+    crashed = []
+    for job, reason in _through_pool(work, jobs, workers, cpu_limit_s):
+        if reason == CRASHED:
+            crashed.append(job)
+        else:
+            yield job, reason
+    # A crash may be another job's fault, which took all the memory. Now each job runs alone.
+    yield from _through_pool(work, crashed, 1, cpu_limit_s)
+
+
+def _through_pool(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: float) -> Outcomes:
+    source = iter(jobs)
+    first = list(itertools.islice(source, workers))
+    pool: list[_Worker] = []
+    try:
+        pool.extend(_Worker(work, cpu_limit_s) for _ in first)
+        for worker, job in zip(pool, first, strict=True):
+            worker.take(job)
+        while pool:
+            for worker in wait(pool):  # type: ignore[type-var]
+                job, reason = worker.job, worker.outcome()
+                for following in itertools.islice(source, 1):
+                    worker.take(following)
+                    break
+                else:
+                    worker.end()
+                    pool.remove(worker)
+                yield job, reason
+    finally:
+        for worker in pool:
+            worker.end()
+
+
+class _Worker:
+    """A process that has one job at a time, so that its death tells which job it died of."""
+
+    job: Job
+
+    def __init__(self, work: Work, cpu_limit_s: float) -> None:
+        self._work, self._cpu_limit_s = work, cpu_limit_s
+        self._launch()
+
+    def _launch(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        pipe, its_pipe = spawn.Pipe()
+        # When Python exits it ends daemons, but waits for other processes.
+        process = spawn.Process(target=_serve, args=(its_pipe, self._work, self._cpu_limit_s), daemon=True)
+        with _starting(), its_pipe:
+            process.start()
+        self._pipe, self._process, self._is_new = pipe, process, True
+
+    def fileno(self) -> int:
+        """Let `wait` watch the pipe."""
+        return self._pipe.fileno()
+
+    def take(self, job: Job) -> None:
+        """Begin a job, in a new process when the last one has died."""
+        if not (self._is_new or self._process.is_alive()):
+            self._launch()
+        if self._is_new:
+            with _starting():
+                self._is_new = self._pipe.recv()
+        self.job = job
+        with contextlib.suppress(OSError):  # it died just now: the outcome will say so
+            self._pipe.send(job)
+
+    def outcome(self) -> str | None:
+        """Return why the job has to be skipped, if so, or raise what it raised."""
+        try:
+            outcome: str | Exception | None = self._pipe.recv()
+        except (EOFError, OSError):
+            self.end()
+            if self._process.exitcode == -signal.SIGPROF:
+                return f"no result within {self._cpu_limit_s:g} s of processor time"
+            return CRASHED
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise FmaNbError(
+            "worker processes cannot start: use fewer of them if memory is short; in a script of your own, "
+            "put the call below 'if __name__ == \"__main__\":'."
+        ) from error
+
+
+def _serve(pipe: Connection, work: Work, cpu_limit_s: float) -> None:
+    """Do the jobs that come through the pipe, until this process is ended."""
+    keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MP3 decoder writes to the terminal
+    pipe.send(False)  # no longer new
+    while True:
+        job = pipe.recv()
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)  # its signal ends the process, wherever it hangs
+        try:
+            outcome: str | Exception | None = work(*job)
+        except MemoryError:
+            outcome = NO_MEMORY
+        except Exception as error:  # the caller handles it
+            error.add_note(traceback.format_exc())  # the traceback itself does not go through the pipe
+            outcome = error
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.send(outcome)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def run_on_cluster(work: Work, jobs: Iterable[Job], scheduler: str) -> Outcomes:
+    """Do as `run_locally` does, on the workers of a Dask scheduler, for example ``tcp://10.0.0.1:8786``.
+
+    Scheduler and workers need this package, and the workers must see the same files under the same
+    paths. Workers may join, leave and die while it runs: Dask gives what they had in hand to the others.
+
+    Raises
+    ------
+    FmaNbError
+        When Dask is not installed, the scheduler does not answer, it has no workers, or the package is
+        missing there.
+    """
+    with _connected(scheduler) as client:
+        waiting: dict[Any, Job] = {}
+        source = iter(jobs)
+        while True:
+            room = AHEAD * max(1, sum(client.nthreads().values())) - len(waiting)
+            for job in itertools.islice(source, max(0, room)):
+                waiting[client.submit(work, *job, pure=False)] = job
+            if not waiting:
+                return
+            for future, reason in _finished(client, list(waiting), scheduler):
+                yield waiting.pop(future), reason
+
+
+@contextlib.contextmanager
+def _connected(scheduler: str) -> Iterator[Any]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise FmaNbError("--scheduler needs Dask: install it with pip install 'fma-nb[cluster]'.") from error
+    try:
+        client = Client(scheduler, timeout=CONNECT_TIMEOUT_S)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise FmaNbError(f"--scheduler {scheduler}: no Dask scheduler answers there.") from error
+    with client:
+        _check_workers(client, scheduler)
+        yield client
+
+
+def _check_workers(client: Any, scheduler: str) -> None:
+    if not client.nthreads():
+        raise FmaNbError(
+            f"--scheduler {scheduler} has no workers: start some with "
+            f"'dask worker {scheduler} --nthreads 1', then run the same command again."
+        )
+
+
+def _finished(client: Any, futures: list[Any], scheduler: str) -> list[tuple[Any, str | None]]:
+    """Wait for a job that is done. When there is none for too long, restart the workers that are at work."""
+    from distributed import wait
+
+    try:
+        done = wait(futures, timeout=CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED").done
+    except TimeoutError:
+        return _restart_busy_workers(client, futures, scheduler)
+    return [(future, _cluster_outcome(future)) for future in done]
+
+
+def _restart_busy_workers(client: Any, futures: list[Any], scheduler: str) -> list[tuple[Any, str | None]]:
+    _check_workers(client, scheduler)
+    in_hand: dict[str, list[str]] = client.run(
+        lambda dask_worker: [task.key for task in dask_worker.state.executing], on_error="ignore"
+    )
+    hanging = [future for future in futures if any(future.key in keys for keys in in_hand.values())]
+    client.cancel(hanging, force=True)
+    client.restart_workers([address for address, keys in in_hand.items() if keys], raise_for_error=False)
+    return [(future, f"no result within {CLIP_TIMEOUT_S:g} s") for future in hanging]
+
+
+def _cluster_outcome(future: Any) -> str | None:
+    from distributed.scheduler import KilledWorker
+
+    try:
+        reason: str | None = future.result()
+        return reason
+    except KilledWorker:
+        return CRASHED
+    except MemoryError:
+        return NO_MEMORY
+    except (ImportError, RuntimeError) as error:  # the latter from a scheduler that lacks the package
+        raise FmaNbError(
+            "the cluster cannot load this package: install the same version of fma-nb on its scheduler "
+            "and its workers, then run the same command again."
+        ) from error

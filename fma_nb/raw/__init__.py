@@ -1,0 +1,1 @@
+"""How music gets here: FMA's downloads, and the synthetic set."""

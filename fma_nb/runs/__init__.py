@@ -1,0 +1,1 @@
+"""One training and many: checkpoints, an exact resume, metrics files, the ablation."""

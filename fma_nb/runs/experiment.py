@@ -1,0 +1,171 @@
+"""One experiment: a recipe trained with several seeds, and the metrics file that it leaves.
+
+A metrics file holds every seed's predictions by track id, so that models can be compared clip by clip
+without training anything again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fma_nb.dataset import Pack
+from fma_nb.evaluation import Metrics, evaluate_split, evaluation_splits
+from fma_nb.model import count_parameters
+from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, atomic_path, run_dir
+from fma_nb.recipe import Recipe, seeds
+from fma_nb.runs.checkpoint import load_model, run_files
+from fma_nb.runs.fit import Fitted, fit
+from fma_nb.training import device_name
+
+METRICS_KEYS = ("model", "dataset", "preset", "genres", "fingerprint", "config", "labels", "seeds")
+
+
+def train_and_evaluate(
+    recipe: Recipe,
+    pack: Pack,
+    run: str,
+    device: torch.device,
+    *,
+    n_seeds: int = 1,
+    evaluation_split: str = "val",
+    progress: bool = True,
+) -> Metrics:
+    """Train a model with several seeds, evaluate each best checkpoint, and write the metrics file.
+
+    Everything is checked before the first epoch. What an earlier call finished is not trained again.
+
+    Parameters
+    ----------
+    recipe
+        Its seed is the first of ``n_seeds`` consecutive ones.
+    evaluation_split
+        ``val`` evaluates on validation only; ``test`` adds the test split.
+
+    Raises
+    ------
+    FmaNbError
+        When a parameter or a split cannot work.
+    """
+    splits = evaluation_splits(pack, evaluation_split)
+    recipes = list(seeds(recipe, n_seeds))
+    fitted = [
+        fit(one, pack, run_files(run, one.model, one.seed, recipe.seed), device, progress=progress)
+        for one in recipes
+    ]
+    metrics = _circumstances(recipe, pack, device, fitted[0].model) | {
+        "labels": {split: _labels(pack, split) for split in splits},
+        "seeds": [
+            _seed_result(one, kept, pack, splits, device) for one, kept in zip(recipes, fitted, strict=True)
+        ],
+    }
+    write_metrics(metrics_path(run, recipe.model), metrics)
+    return metrics
+
+
+def _circumstances(recipe: Recipe, pack: Pack, device: torch.device, model: nn.Module) -> Metrics:
+    return {
+        "model": recipe.model,
+        "dataset": pack.dataset,
+        "synthetic": pack.dataset in SYNTHETIC_DATASETS,
+        "preset": pack.preset,
+        "genres": list(pack.genres),
+        "fingerprint": pack.fingerprint,
+        "n_parameters": count_parameters(model),
+        "config": asdict(recipe),
+        "device": device_name(device),
+        "versions": versions(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _labels(pack: Pack, split: str) -> dict[str, str]:
+    clips = pack.split(split)
+    return {
+        str(track_id): pack.genres[label]
+        for track_id, label in zip(clips.track_ids, clips.labels, strict=True)
+    }
+
+
+def _seed_result(
+    recipe: Recipe, fitted: Fitted, pack: Pack, splits: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    return {
+        "seed": recipe.seed,
+        "epochs": len(fitted.log),
+        "best_epoch": fitted.best_epoch,
+        "last_val_accuracy": float(fitted.log["val_accuracy"].iloc[-1]),
+        "seconds": round(float(fitted.log["seconds"].sum()), 1),
+    } | {split: evaluate_split(fitted.model, pack, split, device, recipe.bfloat16) for split in splits}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def metrics_path(run: str, model: str) -> Path:
+    """Return where a model's metrics file lies in a run folder."""
+    return run_dir(run) / "metrics" / f"{model}.json"
+
+
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """Write a metrics file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def read_metrics(run: str, models: Sequence[str]) -> dict[str, Metrics]:
+    """Read the metrics files of a run, and check that they speak of the same data.
+
+    Raises
+    ------
+    FmaNbError
+        When a file is missing or damaged, or two were made from different data, genres or splits.
+    """
+    if not models:
+        raise FmaNbError("read_metrics needs the name of at least one model.")
+    found = {model: _read_metrics_file(metrics_path(run, model), model) for model in models}
+    first = found[models[0]]
+    for model, metrics in found.items():
+        for key in ("dataset", "preset", "genres", "fingerprint", "labels"):
+            if metrics[key] != first[key]:
+                raise FmaNbError(
+                    f"{metrics_path(run, model)} was made with another {key} than that of "
+                    f"{models[0]}: run notebooks 03 and 04 again with the same parameters."
+                )
+    return found
+
+
+def _read_metrics_file(path: Path, model: str) -> Metrics:
+    try:
+        metrics: Metrics = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FmaNbError(f"{path} is missing: run notebooks 03 and 04 first.") from error
+    except ValueError as error:
+        raise FmaNbError(f"{path} is damaged: run notebooks 03 and 04 again.") from error
+    if not isinstance(metrics, dict) or not set(METRICS_KEYS) <= metrics.keys() or not metrics["seeds"]:
+        raise FmaNbError(f"{path} is not a metrics file: run notebooks 03 and 04 again.")
+    if "last_val_accuracy" not in metrics["seeds"][0]:
+        raise FmaNbError(f"{path} was made by another version of this project: remove it and run again.")
+    if metrics["model"] != model:
+        raise FmaNbError(f"{path} speaks of model {metrics['model']!r}, not {model!r}.")
+    return metrics
+
+
+def trained_models(run: str, model: str, pack: Pack, device: torch.device) -> Iterator[nn.Module]:
+    """Yield the best checkpoint of every seed of a model, in the order of the seeds."""
+    metrics = read_metrics(run, [model])[model]
+    first_seed = metrics["config"]["seed"]
+    for result in metrics["seeds"]:
+        files = run_files(run, model, result["seed"], first_seed)
+        yield load_model(files.best, model, pack, device)
