@@ -1,10 +1,13 @@
 """fma-nb: music genre classification on FMA-Small, taught and measured in five notebooks.
 
-The modules are the stages that data passes through, each importing only from those before it::
+The flat modules are the stages that data passes through, each importing only from those before it::
 
-    metadata -> audio -> spectrogram -> dataset -> model -> training -> evaluation -> plots -> report
+    metadata -> audio -> spectrogram -> dataset -> model -> recipe, augmentation, optimization -> training
+    -> evaluation, calibration -> plots
 
-``download`` and ``mini`` bring the raw data, ``run`` executes the notebooks, ``cli`` is the command line.
+The rooms hold the machinery around them: ``bulk`` (many clips), ``raw`` (how music gets here), ``runs`` (many
+epochs, seeds and rows), ``commands`` (the command line, the notebook runner, the report). A room imports
+from the flat modules and from rooms before it; nothing flat imports from a room.
 """
 
 import os

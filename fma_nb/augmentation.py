@@ -1,4 +1,4 @@
-"""Stage 6b, augmentation: random changes of the training clips that leave their genre as it is.
+"""Stage 6, augmentation: random changes of the training clips that leave their genre as it is.
 
 Everything happens on whole batches, on the device that holds them.
 

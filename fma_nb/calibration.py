@@ -1,4 +1,4 @@
-"""Stage 7c, calibration: does a model that says 70 % turn out to be right in 7 of 10 cases?
+"""Stage 8, calibration: does a model that says 70 % turn out to be right in 7 of 10 cases?
 
 References
 ----------
@@ -31,7 +31,7 @@ def answers(metrics: Metrics, split: str, seed_index: int = 0) -> tuple[Probabil
 def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     """Return the temperature under which the labels are most likely; above 1 the model was too sure.
 
-    Fit it on validation, never on the clips it will be judged on.
+    Fit it on validation, never on the clips it will be evaluated on.
     """
     right = np.arange(len(labels)), np.asarray(labels)
 

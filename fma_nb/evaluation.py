@@ -1,4 +1,4 @@
-"""Stage 7, evaluation: from predictions to honest comparisons: scores, tables and intervals.
+"""Stage 8, evaluation: from predictions to honest comparisons: scores, tables and intervals.
 
 Nothing here trains, reads a file or writes one. Metrics are what `fma_nb.runs.experiment` keeps of every
 seed, so that models can be compared clip by clip. Notebook 05 works through the statistics step by step.

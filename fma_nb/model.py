@@ -273,7 +273,7 @@ def trace_layers(model: nn.Module, n_mels: int, n_frames: int) -> list[LayerTrac
     traces: list[LayerTrace] = []
     field, jump = [1, 1], [1, 1]
 
-    def note(layer: nn.Module, _: Any, output: Any) -> None:
+    def trace(layer: nn.Module, _: Any, output: Any) -> None:
         shape = tuple((output[0] if isinstance(output, tuple) else output).shape[1:])
         if not isinstance(layer, nn.Conv2d | nn.MaxPool2d):
             traces.append(LayerTrace(type(layer).__name__, shape, None))
@@ -290,7 +290,7 @@ def trace_layers(model: nn.Module, n_mels: int, n_frames: int) -> list[LayerTrac
         traces.append(LayerTrace(name, shape, (field[0], field[1])))
 
     kinds = nn.Conv2d | nn.MaxPool2d | nn.RNNBase | nn.Linear
-    hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, kinds)]
+    hooks = [layer.register_forward_hook(trace) for layer in model.modules() if isinstance(layer, kinds)]
     training = model.training
     with torch.inference_mode():
         model.eval()(torch.zeros(1, 1, n_mels, n_frames))

@@ -31,18 +31,37 @@ class FmaNbError(Exception):
 
 
 def project_root() -> Path:
-    """Return the folder that holds ``notebooks/``, ``data/`` and ``outputs/``."""
-    return Path(__file__).resolve().parent.parent
+    """Return the folder that holds ``notebooks/``, ``data/`` and ``outputs/``.
+
+    It is the clone that this package lies in; the current folder where the package was installed alone.
+    """
+    clone = Path(__file__).resolve().parent.parent
+    return clone if (clone / "notebooks").is_dir() else Path.cwd()
 
 
 def data_dir() -> Path:
     """Return the data folder: ``$FMA_NB_DATA``, else ``data/`` in the project's root."""
-    return Path(os.environ.get("FMA_NB_DATA") or project_root() / "data")
+    return _folder_of("FMA_NB_DATA", "data")
 
 
 def outputs_dir() -> Path:
     """Return the outputs folder: ``$FMA_NB_OUTPUTS``, else ``outputs/`` in the project's root."""
-    return Path(os.environ.get("FMA_NB_OUTPUTS") or project_root() / "outputs")
+    return _folder_of("FMA_NB_OUTPUTS", "outputs")
+
+
+def _folder_of(variable: str, default: str) -> Path:
+    given = os.environ.get(variable)
+    return Path(given).expanduser().absolute() if given else project_root() / default
+
+
+def fix_folders() -> None:
+    """Make the folders that the user has named mean the same in every process that this one starts.
+
+    A relative path means the folder where the command was typed; a notebook's kernel runs elsewhere.
+    """
+    for variable, folder in (("FMA_NB_DATA", data_dir()), ("FMA_NB_OUTPUTS", outputs_dir())):
+        if os.environ.get(variable):
+            os.environ[variable] = str(folder)
 
 
 def audio_dir(dataset: str) -> Path:
@@ -116,6 +135,13 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `FmaNbError` unless files can be written to a folder, which is made where it is missing."""
+    with atomic_path(folder / ".writable") as temporary:
+        temporary.touch()
+    (folder / ".writable").unlink()
 
 
 def _cannot_write(path: Path, error: OSError) -> FmaNbError:

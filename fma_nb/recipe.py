@@ -1,4 +1,4 @@
-"""Stage 6a, recipe: everything that decides how a model is trained, one field an ingredient.
+"""Stage 6, recipe: everything that decides how a model is trained, one field an ingredient.
 
 Notebook 04 says what each ingredient of the CRNN's recipe is for; `fma_nb.runs.ablation` takes each of
 them out.
@@ -123,7 +123,8 @@ class Recipe:
             whole = isinstance(getattr(type(self), name), int)
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
-                raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.")
+                yaml = " In YAML write 5.0e-4, for 5e-4 is a text." if isinstance(value, str) else ""
+                raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.{yaml}")
         if self.warmup is not None and not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup <= 1):
             raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")
 

@@ -1,4 +1,4 @@
-"""Stage 6d, training: one epoch, evaluation, and what makes both repeatable.
+"""Stage 7, training: one epoch, evaluation, and what makes both repeatable.
 
 Notebook 03 writes the plain loop in view, notebook 04 says what each ingredient of the CRNN's recipe is
 for. `fma_nb.runs.fit` calls this epoch by epoch, with checkpoints and an exact resume.

@@ -34,9 +34,6 @@ from fma_nb.spectrogram import get_preset, png_name, png_path, read_png
 PACK_VERSION = 2
 ROW_COLUMNS = ["track_id", "split", "genre", "n_frames", "size", "mtime_ns"]
 
-Identity = tuple[int, str, str, int, int]
-Known = dict[Identity, npt.NDArray[np.uint8]]
-
 
 def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val")) -> Pack:
     """Open the pack of a dataset's spectrograms, building it first where it is missing or stale.
@@ -62,8 +59,7 @@ def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val"
     with filelock.FileLock(pack_dir / ".lock"):
         record = _read_record(pack_dir)
         if record is None or record["state"] != _state_hash(rows):
-            old = _known_images(pack_dir, record) if record else {}
-            _build(rows, folder, pack_dir, old)
+            _build(rows, folder, pack_dir)
         return open_pack(dataset, preset)
 
 
@@ -126,100 +122,63 @@ def _read_record(pack_dir: Path) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, old: Known) -> None:
-    """Write the arrays and row tables, and last the record that makes them valid.
-
-    PNGs that have not changed since the ``old`` pack are copied from it instead of being decoded.
-    """
+def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path) -> None:
+    """Write the arrays and row tables, and last the record that makes them valid."""
     (pack_dir / "pack.json").unlink(missing_ok=True)
     clear_temporaries(pack_dir)
-    sizes = [_image_size(row, folder, old) for row in rows.itertuples()]
-    if min(width for _, width in sizes) < MIN_FRAMES:
+    pngs = [png_path(folder, row.split, row.genre, row.track_id) for row in rows.itertuples()]
+    heights, widths = zip(*map(_image_size, pngs), strict=True)
+    if min(widths) < MIN_FRAMES:
         raise FmaNbError(f"{folder}: a PNG has fewer than {MIN_FRAMES} frames: remove it.")
-    if len({height for height, _ in sizes}) > 1:
+    if len(set(heights)) > 1:
         raise FmaNbError(f"{folder}: its PNGs differ in height: keep those of one preset only.")
-    rows = rows.assign(n_frames=[width for _, width in sizes])[ROW_COLUMNS]
-    height, width = sizes[0][0], max(width for _, width in sizes)
-    genres = sorted(set(rows["genre"]))
+    height, width = heights[0], max(widths)
+    table = rows.assign(n_frames=widths, png=pngs)
+    genres, splits = sorted(set(rows["genre"])), list(rows["split"].unique())
     digest = hashlib.sha256(json.dumps([genres, height, width]).encode())
     fingerprint = digest.hexdigest()
-    for split, group in rows.groupby("split", sort=False):  # in the order of SPLITS: test comes last
+    for split, group in table.groupby("split", sort=False):  # in the order of SPLITS: test comes last
         with atomic_path(pack_dir / f"{split}.npy") as temporary:
-            _write_images(temporary, group, folder, old, (len(group), height, width), digest)
+            _write_images(temporary, group, (len(group), height, width), digest)
         with atomic_path(pack_dir / f"{split}.csv") as temporary:
-            group.to_csv(temporary, index=False)
+            group[ROW_COLUMNS].to_csv(temporary, index=False)
         if split != "test":
             fingerprint = digest.hexdigest()
-    splits = list(rows["split"].unique())
+    files = [f"{split}.{ending}" for split in splits for ending in ("npy", "csv")]
     record = {
         "version": PACK_VERSION,
-        "state": _state_hash(rows.drop(columns="n_frames")),
+        "state": _state_hash(rows),
         "fingerprint": fingerprint,
         "genres": genres,
         "splits": splits,
-        "files": {name: (pack_dir / name).stat().st_size for name in _file_names(splits)},
+        "files": {name: (pack_dir / name).stat().st_size for name in files},
     }
     with atomic_path(pack_dir / "pack.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _write_images(
-    path: Path,
-    rows: pd.DataFrame,
-    folder: Path,
-    old: Known,
-    shape: tuple[int, int, int],
-    digest: hashlib._Hash,
-) -> None:
+def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, int, int], digest: hashlib._Hash) -> None:
     """Write one split's array image by image, as a plain ``.npy`` file that a full disk cannot corrupt."""
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
         write_array_header_1_0(file, header)
         for row in rows.itertuples():
-            known = old.get(_identity(row))
-            image = read_png(_png_of(row, folder)) if known is None else known
-            pixels = _fit_width(image, shape[2]).tobytes()
+            pixels = _fit_width(read_png(row.png), shape[2]).tobytes()
             digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
             digest.update(pixels)
             file.write(pixels)
 
 
-def _known_images(pack_dir: Path, record: dict[str, Any]) -> Known:
-    """Return views of the images of a pack by the identity of the PNG each was read from."""
-    known: Known = {}
-    for split in record["splits"]:
-        images = np.load(pack_dir / f"{split}.npy", mmap_mode="r")
-        for i, row in enumerate(pd.read_csv(pack_dir / f"{split}.csv").itertuples()):
-            known[_identity(row)] = images[i, :, : row.n_frames]
-    return known
-
-
-def _identity(row: Any) -> Identity:
-    return (row.track_id, row.split, row.genre, row.size, row.mtime_ns)
-
-
-def _png_of(row: Any, folder: Path) -> Path:
-    return png_path(folder, row.split, row.genre, row.track_id)
-
-
-def _image_size(row: Any, folder: Path, old: Known) -> tuple[int, int]:
-    """Return height and width, from the header alone where the image is not known."""
-    known = old.get(_identity(row))
-    if known is not None:
-        return known.shape[0], known.shape[1]
-    path = _png_of(row, folder)
+def _image_size(png: Path) -> tuple[int, int]:
+    """Return an image's height and width from its header alone."""
     try:
-        with Image.open(path) as image:
+        with Image.open(png) as image:
             return image.height, image.width
     except (OSError, SyntaxError, ValueError) as error:
-        raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
-
-
-def _file_names(splits: Sequence[str]) -> list[str]:
-    return [f"{split}.{ending}" for split in splits for ending in ("npy", "csv")]
+        raise FmaNbError(f"{png} is not a readable PNG: remove it and make it again.") from error
 
 
 def _fit_width(image: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
-    """Repeat a shorter clip from its start up to ``width`` frames: music, not invented silence."""
+    """Repeat a clip from its start up to ``width`` frames: zeros would add a silence."""
     repeats = -(-width // image.shape[1])
     return np.tile(image, repeats)[:, :width]

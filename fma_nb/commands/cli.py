@@ -10,15 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fma_nb.project import DATASETS, FmaNbError, project_root, run_dir
+from fma_nb import __version__
+from fma_nb.project import (
+    DATASETS,
+    SHIPPED_WEIGHTS,
+    FmaNbError,
+    fix_folders,
+    project_root,
+    run_dir,
+    spectrogram_dir,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; print bad input as one sentence and return a non-zero exit status."""
     options = _parser().parse_args(arguments)
+    fix_folders()
     try:
         options.command(options)
         sys.stdout.flush()
@@ -39,26 +51,28 @@ def _parser() -> argparse.ArgumentParser:
         prog="fma-nb",
         description="Music genre classification on FMA-Small: data, spectrograms, notebooks, report.",
     )
+    parser.add_argument("--version", action="version", version=f"fma-nb {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_mini(commands)
-    _add_download(commands)
-    _add_spectrograms(commands)
-    _add_evaluate(commands)
-    _add_ablate(commands)
-    _add_export(commands)
-    _add_predict(commands)
-    _add_report(commands)
+    for add in (
+        *(_add_run, _add_mini, _add_download, _add_spectrograms, _add_evaluate),
+        *(_add_ablate, _add_export, _add_predict, _add_report),
+    ):
+        add(commands)
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("run", help="execute the notebooks and write the report")
+def _add_data_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", default="fma_mini", help=f"one of {', '.join(DATASETS)}")
+    command.add_argument("--preset", default="compact", help="full or compact (default: compact)")
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
     _add_data_options(command)
     command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    command.add_argument("--only", default="", help="numbers of the notebooks to run, e.g. 03,04")
-    command.add_argument("--kernel", default="", help="Jupyter kernel (default: fma-nb, else python3)")
+
+
+def _add_parameters(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument(
         "-p",
         dest="parameters",
@@ -66,14 +80,17 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="a parameter of the notebooks, e.g. -p epochs 20; may be repeated",
+        help=f"{what}, e.g. -p epochs 20; may be repeated",
     )
+
+
+def _add_run(commands: Commands) -> None:
+    command = commands.add_parser("run", help="execute the notebooks and write the report")
+    _add_run_options(command)
+    command.add_argument("--only", default="", help="numbers of the notebooks to run, e.g. 03,04")
+    command.add_argument("--kernel", default="", help="Jupyter kernel (default: fma-nb, else python3)")
+    _add_parameters(command, "a parameter of the notebooks")
     command.set_defaults(command=_run)
-
-
-def _add_data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dataset", default="fma_mini", help=f"one of {', '.join(DATASETS)}")
-    command.add_argument("--preset", default="compact", help="full or compact (default: compact)")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -91,7 +108,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"Done. Open {_shown(run_notebooks(request))} in a browser.")
 
 
-def _add_mini(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_mini(commands: Commands) -> None:
     command = commands.add_parser("mini", help="make fma_mini, the synthetic dataset")
     command.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
     command.set_defaults(command=_mini)
@@ -103,7 +120,7 @@ def _mini(options: argparse.Namespace) -> None:
     print(f"fma_mini (synthetic) is in {_shown(make_fma_mini(workers=options.workers))}")
 
 
-def _add_download(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_download(commands: Commands) -> None:
     from fma_nb.raw.download import ARCHIVES, FMA_URL
 
     names = list(ARCHIVES)
@@ -124,7 +141,7 @@ def _download(options: argparse.Namespace) -> None:
         print(f"fma_{name} is in {_shown(folder)}")
 
 
-def _add_spectrograms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_spectrograms(commands: Commands) -> None:
     command = commands.add_parser("spectrograms", help="make the spectrogram PNGs of a dataset")
     _add_data_options(command)
     where = command.add_mutually_exclusive_group()
@@ -137,7 +154,6 @@ def _add_spectrograms(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 def _spectrograms(options: argparse.Namespace) -> None:
     from fma_nb.bulk.spectrograms import make_spectrograms
-    from fma_nb.project import spectrogram_dir
 
     skipped = make_spectrograms(
         options.dataset, options.preset, workers=options.workers, scheduler=options.scheduler
@@ -148,14 +164,12 @@ def _spectrograms(options: argparse.Namespace) -> None:
         print(f"  {_shown(Path(row.path))}: {row.reason}")
 
 
-def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_evaluate(commands: Commands) -> None:
     command = commands.add_parser("evaluate", help="evaluate a trained model on a split")
-    _add_data_options(command)
-    command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
+    _add_run_options(command)
     names = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled"
     command.add_argument("--model", default="crnn", help=f"{names} (default: crnn)")
     command.add_argument("--split", default="val", choices=("train", "val", "test"))
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     command.set_defaults(command=_evaluate)
 
 
@@ -166,23 +180,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(evaluate_run(run, options.model, options.dataset, options.preset, options.split, options.device))
 
 
-def _add_ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_ablate(commands: Commands) -> None:
     command = commands.add_parser("ablate", help="train the final recipe without each of its ingredients")
-    _add_data_options(command)
-    command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
+    _add_run_options(command)
     command.add_argument("--rows", default="", help="rows of the table, e.g. final,no_gru (default: all)")
     command.add_argument("--seeds", type=int, default=3, help="trainings a row (default: 3)")
     command.add_argument("--folds", type=int, default=0, help="cross-validate the final recipe instead")
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    command.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="change the final recipe, e.g. -p epochs 20 -p width 0.5; may be repeated",
-    )
+    _add_parameters(command, "change the final recipe")
     command.set_defaults(command=_ablate)
 
 
@@ -222,7 +226,7 @@ def _draw_ablation(run: str, table: pd.DataFrame) -> None:
     print(f"The table is drawn in {_shown(run_dir(run) / 'figures' / '11_ablation.png')}")
 
 
-def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_export(commands: Commands) -> None:
     command = commands.add_parser("export", help="write a trained model's weights for 'predict'")
     command.add_argument("--run", default="fma_small", help="name of the run folder")
     command.add_argument("--model", default="crnn", help="the model of that run (default: crnn)")
@@ -240,7 +244,7 @@ def _export(options: argparse.Namespace) -> None:
     print(f"fma-nb predict --weights {_shown(path)} SONG.mp3")
 
 
-def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_predict(commands: Commands) -> None:
     command = commands.add_parser("predict", help="tell the genre of any audio file")
     command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="MP3, OGG, FLAC or WAV")
     command.add_argument("--weights", type=Path, help="weights of 'export' (default: the package's)")
@@ -250,7 +254,6 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _predict(options: argparse.Namespace) -> None:
     from fma_nb.commands.predict import bar_chart, load_classifier, predict
-    from fma_nb.project import SHIPPED_WEIGHTS
 
     classifier = load_classifier(options.weights or SHIPPED_WEIGHTS)
     if options.json:
@@ -261,7 +264,7 @@ def _predict(options: argparse.Namespace) -> None:
         print(f"{song}\n{bar_chart(predict(song, classifier))}", flush=True)
 
 
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_report(commands: Commands) -> None:
     command = commands.add_parser("report", help="write a run's report again")
     command.add_argument("--run", default="fma_mini", help="name of the run folder")
     command.set_defaults(command=_report)

@@ -28,6 +28,7 @@ from fma_nb.project import (
     SYNTHETIC_DATASETS,
     FmaNbError,
     check_dataset,
+    check_writable,
     metadata_dir,
     project_root,
     run_dir,
@@ -35,8 +36,9 @@ from fma_nb.project import (
 )
 from fma_nb.raw.mini import make_fma_mini
 from fma_nb.recipe import Recipe, typed
+from fma_nb.runs.experiment import versions
 from fma_nb.spectrogram import get_preset
-from fma_nb.training import resolve_device
+from fma_nb.training import device_name, resolve_device
 
 NOTEBOOKS = ("01_eda", "02_spectrograms", "03_baseline", "04_crnn", "05_comparison")
 KERNEL = "fma-nb"
@@ -77,10 +79,15 @@ def run_notebooks(request: RunRequest) -> Path:
         Before any work for a wrong parameter or missing data; or with the cell, the error and the
         half-run notebook when a cell fails.
     """
+    if not notebook_path(NOTEBOOKS[0]).exists():
+        raise FmaNbError(
+            "The notebooks are not part of an installed package: clone the project and run the command there."
+        )
     names = _chosen(request.only)
     run = request.run or request.dataset
     parameters = _checked_parameters(request, names)
     kernel = _checked_kernel(request.kernel)
+    check_writable(run_dir(run))
     if request.dataset in SYNTHETIC_DATASETS:
         make_fma_mini()
     _check_data(request, names, parameters)
@@ -112,10 +119,11 @@ def notebook_parameters(name: str) -> dict[str, Any]:
 
 
 def _chosen(only: Sequence[str]) -> list[str]:
-    for number in only:
-        if not any(name.startswith(number) for name in NOTEBOOKS):
-            raise FmaNbError(f"--only {number}: choose among 01, 02, 03, 04, 05.")
-    return [name for name in NOTEBOOKS if not only or name[:2] in {number[:2] for number in only}]
+    numbers = {text.strip().zfill(2)[:2] for text in only}
+    unknown = numbers - {name[:2] for name in NOTEBOOKS}
+    if unknown:
+        raise FmaNbError(f"--only {', '.join(only)}: choose among 01, 02, 03, 04, 05.")
+    return [name for name in NOTEBOOKS if not only or name[:2] in numbers]
 
 
 def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +145,10 @@ def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, 
             known = ", ".join(sorted(declared))
             raise FmaNbError(f"-p {name}: none of the chosen notebooks has it; they have {known}.")
         given[name] = typed(name, text, type(declared[name]))
+    if given.get("song"):  # a path means the folder where the command was typed
+        given["song"] = str(Path(given["song"]).expanduser().absolute())
+        if not Path(given["song"]).is_file():
+            raise FmaNbError(f"-p song {given['song']}: there is no such file.")
     _check_values(given)
     return given
 
@@ -175,7 +187,8 @@ def _is_up_to_date(name: str, parameters: dict[str, Any], run: str) -> bool:
 
 def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     """Hash what a notebook's outputs depend on."""
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
+    device = device_name(resolve_device(parameters.get("device", "cpu")))
+    digest = hashlib.sha256(json.dumps([parameters, device, versions()], sort_keys=True).encode())
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     digest.update(json.dumps([cell.source for cell in cells]).encode())
     for module in sorted((project_root() / "fma_nb").rglob("*.py")):
@@ -193,7 +206,7 @@ def _files_read(name: str, parameters: dict[str, Any], run: str) -> list[Path]:
         paths += sorted(run_dir(run).glob("ablation/*/metrics/*.json"))
         paths.append(SHIPPED_WEIGHTS)
     if parameters.get("song"):
-        paths.append(notebook_path(name).parent / parameters["song"])
+        paths.append(Path(parameters["song"]))
     return paths
 
 

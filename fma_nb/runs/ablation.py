@@ -1,4 +1,4 @@
-"""Stage 7b, ablation: the final recipe with every ingredient taken out in turn, and its cross-validation.
+"""The ablation: the final recipe with every ingredient taken out in turn, and its cross-validation.
 
 Each row is a configuration that differs from the final recipe in one thing, trained with several seeds
 and evaluated on validation. Finished trainings are never repeated, so the table grows row by row.
@@ -48,24 +48,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "no_band_norm": {"band_norm": False},
     # One ingredient more.
     "mixup": {"mixup": 0.3},
-    "crop": {"crop": 0.5},
     # Architecture and recipe apart.
     "baseline_with_recipe": {"model": "baseline"},
 }
-# The same in another size: a field of the final recipe, and the factor on it.
-SCALED_ROWS: dict[str, tuple[str, float]] = {
-    "half_width": ("width", 0.5),
-    "shorter": ("epochs", 0.5),
-    "longer": ("epochs", 2),
-}
-# Changes of the baseline's plain recipe: Adam, a constant learning rate, no augmentation. They do not depend
-# on the final recipe, so they belong beside the one at full width.
-PLAIN_ROWS: dict[str, dict[str, Any]] = {
-    "crnn_plain": {"model": "crnn"},
-    "baseline": {},
-    "baseline_longer": {"epochs": 24},
-}
-ALL_ROWS = (*ROWS, *SCALED_ROWS, *PLAIN_ROWS)
+# The final recipe in half its epochs, and the baseline with its own plain recipe.
+SHORTER, BASELINE = "shorter", "baseline"
+ALL_ROWS = (*ROWS, SHORTER, BASELINE)
 CSV_COLUMNS = [
     *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_macro_f1", "last_val_accuracy"),
     *("parameters", "seconds", "device", "date"),
@@ -73,27 +61,17 @@ CSV_COLUMNS = [
 
 
 def row_recipe(row: str, base: Recipe) -> Recipe:
-    """Return a row's configuration.
-
-    Parameters
-    ----------
-    row
-        One of `ROWS` or `SCALED_ROWS`, which change ``base``, or of `PLAIN_ROWS`, which change the baseline's
-        own recipe.
-    base
-        The final recipe.
+    """Return a row's recipe: a change of the final recipe ``base``, or the baseline's own.
 
     Raises
     ------
     FmaNbError
         When there is no such row.
     """
-    if row in PLAIN_ROWS:
-        return replace(default_recipe("baseline"), **PLAIN_ROWS[row])
-    if row in SCALED_ROWS:
-        name, factor = SCALED_ROWS[row]
-        value = getattr(base, name)
-        return replace(base, **{name: max(1, round(factor * value)) if name == "epochs" else factor * value})
+    if row == BASELINE:
+        return default_recipe("baseline")
+    if row == SHORTER:
+        return replace(base, epochs=max(1, base.epochs // 2))
     if row not in ROWS:
         raise FmaNbError(f"--rows {row}: choose among {', '.join(ALL_ROWS)}.")
     return replace(base, **ROWS[row])

@@ -124,8 +124,8 @@ def write_metrics(path: Path, metrics: Metrics) -> None:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
-def read_metrics(run: str, models: Sequence[str]) -> dict[str, Metrics]:
-    """Read the metrics files of a run, and check that they speak of the same data.
+def read_metrics(run: str, models: Sequence[str], pack: Pack | None = None) -> dict[str, Metrics]:
+    """Read the metrics files of a run, and check that they are of the same data, and of ``pack`` if given.
 
     Raises
     ------
@@ -143,6 +143,11 @@ def read_metrics(run: str, models: Sequence[str]) -> dict[str, Metrics]:
                     f"{metrics_path(run, model)} was made with another {key} than that of "
                     f"{models[0]}: run notebooks 03 and 04 again with the same parameters."
                 )
+    if pack is not None and first["fingerprint"] != pack.fingerprint:
+        raise FmaNbError(
+            f"{metrics_path(run, models[0])} was made from other spectrograms than those that are there now: "
+            "run notebooks 03 and 04 again."
+        )
     return found
 
 
