@@ -63,6 +63,7 @@ NO_AUGMENTATION = {
     "time_mask": 0,
 }
 WARM_UP_STEPS = 3
+N_GENRES = 8
 
 
 class ImageFolder(Dataset):
@@ -104,9 +105,9 @@ def batches(level: int, options: argparse.Namespace) -> Iterator[tuple[torch.Ten
 
 
 def recipe_up_to(level: int) -> Recipe:
-    config = replace(default_recipe("crnn"), bfloat16=level >= BFLOAT16)
-    config = config if level >= AUGMENTATION else replace(config, **NO_AUGMENTATION)
-    return config if level >= RECIPE else replace(config, optimizer="adamw", ema=0)
+    recipe = replace(default_recipe("crnn"), bfloat16=level >= BFLOAT16)
+    recipe = recipe if level >= AUGMENTATION else replace(recipe, **NO_AUGMENTATION)
+    return recipe if level >= RECIPE else replace(recipe, optimizer="adamw", ema=0)
 
 
 def images_per_second(level: int, options: argparse.Namespace) -> float:
@@ -114,20 +115,20 @@ def images_per_second(level: int, options: argparse.Namespace) -> float:
     make_deterministic()
     if level >= KEPT_MEMORY:
         keep_freed_memory()
-    device, config = torch.device(options.device), recipe_up_to(level)
+    device, recipe = torch.device(options.device), recipe_up_to(level)
     stream = batches(level, options)
     images, _ = next(stream)
-    model = build_model("crnn", 8, *images.shape[-2:], **config.architecture()).to(device).train()
+    model = build_model("crnn", N_GENRES, *images.shape[-2:], **recipe.architecture()).to(device).train()
     model = to_device(model, device) if level >= CHANNELS_LAST else model
-    optimizer = make_optimizer(model, config)
-    average = MovingAverage(model, config.ema) if config.ema else None
+    optimizer = make_optimizer(model, recipe)
+    average = MovingAverage(model, recipe.ema) if recipe.ema else None
     for step in range(options.steps + WARM_UP_STEPS):
         if step == WARM_UP_STEPS:
             _wait_for(device)
             started = time.perf_counter()
         images, labels = next(stream)
-        inputs = augment(images, labels, config)[0] if level >= PACK else images
-        train_step(model, optimizer, inputs, labels, config)
+        inputs = augment(images, labels, recipe, N_GENRES)[0] if level >= PACK else images
+        train_step(model, optimizer, inputs, labels, recipe)
         if average is not None:
             average.update(model)
     _wait_for(device)
@@ -139,9 +140,9 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     inputs: torch.Tensor,
     labels: torch.Tensor,
-    config: Recipe,
+    recipe: Recipe,
 ) -> None:
-    with autocast(inputs.device, config.bfloat16):
+    with autocast(inputs.device, recipe.bfloat16):
         logits = model(inputs).float()
     loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
@@ -175,7 +176,7 @@ def peak_memory(device: torch.device) -> float:
 def step_flops(options: argparse.Namespace) -> float:
     """Return the floating-point operations of one training step, per image."""
     images, _ = next(batches(PACK, options))
-    model = build_model("crnn", 8, *images.shape[-2:])
+    model = build_model("crnn", N_GENRES, *images.shape[-2:])
     with FlopCounterMode(display=False) as counter:
         model(torch.rand(8, 1, *images.shape[-2:])).sum().backward()
     return counter.get_total_flops() / 8

@@ -1,25 +1,26 @@
 """Stage 8, plots: one style, one genre order and one colour a genre in every figure of the course.
 
-Each function draws on an ``Axes`` it is given, labels it in units, and returns it.
+Each function draws on an ``Axes`` it is given, labels it in units, and returns it. The notebooks that use it
+stand in its docstring.
 """
 
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import librosa
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import seaborn as sns
 import soundfile as sf
 from IPython.display import HTML, Audio
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
@@ -27,284 +28,234 @@ from fma_nb.audio import Samples
 from fma_nb.evaluation import Estimate
 from fma_nb.metadata import GENRES
 from fma_nb.model import LayerTrace
-from fma_nb.project import SPLITS, atomic_path, run_dir
+from fma_nb.project import atomic_path, run_dir
 from fma_nb.spectrogram import Decibels, GreyImage
 
+Bands = npt.NDArray[np.float32]
+
 # Okabe and Ito's palette: told apart also by colour-blind readers. Yellow is darkened for white paper.
-GENRE_COLORS = dict(
-    zip(
-        GENRES,
-        ("#0072B2", "#6A6A6A", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C9A800", "#882E72"),
-        strict=True,
-    )
-)
-MODEL_COLORS = {"baseline": "#6A6A6A", "crnn": "#0072B2", "crnn_no_gru": "#D55E00"}
-N_COLORS = 12  # of a spectrogram figure: more of them make a notebook heavy and show little more
+PALETTE = ("#0072B2", "#6A6A6A", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C9A800", "#882E72")
+GENRE_COLORS = dict(zip(GENRES, PALETTE, strict=True))
 MODEL_NAMES = {"baseline": "baseline CNN", "crnn": "CRNN", "crnn_no_gru": "CRNN without GRU"}
+BLUE, ORANGE, GREY, DARK_GREY = "#0072B2", "#D55E00", "#6A6A6A", "#444444"
+COARSE_MAGMA = plt.get_cmap("magma", 12)  # more colours make a notebook heavy and show little more
+CLIP_WIDTH, MIN_WIDTH, GAP = 1.6, 1.0, 0.3  # of a network diagram, in heights of the clip
 
 
 def use_style() -> None:
-    """Set the course's figure style: readable at the size it is shown, no frame, light grid."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": (8, 3.5),
-            "figure.dpi": 80,
-            "savefig.dpi": 80,
-            "figure.constrained_layout.use": True,
-            "font.size": 11,
-            "axes.titlesize": 12,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.alpha": 0.25,
-            "legend.frameon": False,
-        }
-    )
+    """Set the course's style: readable at the size it is shown, no frame, light grid. All notebooks."""
+    plt.rc("figure", figsize=(8, 3.5), dpi=80)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("savefig", dpi=80)
+    plt.rc("font", size=11)
+    plt.rc("axes", titlesize=12, titleweight="bold", titlelocation="left", grid=True, axisbelow=True)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", alpha=0.25)
+    plt.rc("legend", frameon=False)
 
 
 def save_figure(figure: Figure, run: str, name: str, caption: str) -> None:
-    """Write a figure for the report; its caption, which is also its alternative text, goes inside."""
+    """Write a figure for the report, its caption inside as its alternative text. Notebooks 03, 04, 05."""
     path = run_dir(run) / "figures" / f"{name}.png"
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=144, metadata={"Description": caption})
 
 
 def genre_color(genre: str) -> str:
-    """Return a genre's colour; genres outside FMA-Small's eight share a grey."""
+    """Return a genre's colour; genres outside FMA-Small's eight share a grey. Notebooks 01, 02."""
     return GENRE_COLORS.get(genre, "#999999")
+
+
+def _palette(genres: Iterable[str]) -> dict[str, str]:
+    return {genre: genre_color(genre) for genre in genres}
 
 
 def learning_curves(ax: Axes, log: pd.DataFrame, quantity: str = "accuracy") -> Axes:
     """Draw training and validation ``accuracy`` or ``loss`` by epoch: mean line, band over the seeds.
 
-    ``log`` is a table from `fma_nb.training.read_log`.
+    ``log`` is a table from `fma_nb.runs.checkpoint.read_log`. Notebooks 03, 04.
     """
-    for split, color in (("train", "#6A6A6A"), ("val", "#0072B2")):
-        curve = log.groupby("epoch")[f"{split}_{quantity}"].agg(["mean", "min", "max"])
-        epochs = curve.index + 1
-        ax.fill_between(epochs, curve["min"], curve["max"], color=color, alpha=0.15, linewidth=0)
-        ax.plot(epochs, curve["mean"], color=color, marker=".", label=split)
+    for split, color in (("train", GREY), ("val", BLUE)):
+        x, y = log["epoch"] + 1, log[f"{split}_{quantity}"]
+        sns.lineplot(x=x, y=y, errorbar=("pi", 100), color=color, marker=".", mec=color, label=split, ax=ax)
     ax.set(xlabel="epoch", ylabel=quantity)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend()
+    ax.locator_params(axis="x", integer=True)
     return ax
 
 
 def confusion_matrix_plot(ax: Axes, table: pd.DataFrame, genres: Sequence[str]) -> Axes:
     """Draw how the clips of each true genre were classified, in percent, averaged over the seeds.
 
-    ``table`` is a `fma_nb.evaluation.prediction_table`; each row of the matrix adds up to 100 %.
+    ``table`` is a `fma_nb.evaluation.prediction_table`; each row adds up to 100 %. Notebooks 03, 05.
     """
     matrix = confusion_matrix(table["genre"], table["predicted"], labels=list(genres), normalize="true")
-    ax.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*matrix.shape):
-        share = matrix[row, column]
-        color = "white" if share > 0.5 else "#1d1d1f"
-        ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=9)
-    ax.set_xticks(range(len(genres)), genres, rotation=40, ha="right")
-    ax.set_yticks(range(len(genres)), genres)
+    shown = pd.DataFrame(100 * matrix, index=genres, columns=genres)
+    sns.heatmap(shown, vmin=0, vmax=100, annot=True, fmt=".0f", cmap="Blues", cbar=False, square=True, ax=ax)
     ax.set(xlabel="predicted genre", ylabel="true genre")
-    ax.grid(False)
+    plt.setp(ax.get_xticklabels(), rotation=40, ha="right")
     return ax
 
 
 def recall_dumbbell(ax: Axes, reports: dict[str, pd.DataFrame]) -> Axes:
-    """Draw each genre's recall for two models as two dots joined by a line.
+    """Draw each genre's recall for two models: a hollow and a filled dot, joined by a line. Notebook 05.
 
-    ``reports`` maps two model names to tables from `fma_nb.evaluation.genre_report`.
+    ``reports`` maps the models' names to tables from `fma_nb.evaluation.genre_report`.
     """
-    (first, a), (second, b) = reports.items()
-    genres = list(a.index)[::-1]
-    rows = range(len(genres))
-    colors = [genre_color(genre) for genre in genres]
-    ax.hlines(rows, a.loc[genres, "recall"], b.loc[genres, "recall"], colors=colors, linewidth=3, alpha=0.6)
-    for model, report, face in ((first, a, "white"), (second, b, None)):
-        recall = report.loc[genres, "recall"]
-        ax.scatter(recall, rows, s=60, c=face or colors, edgecolors=colors, linewidths=2, zorder=3)
-        ax.scatter([], [], s=60, c=face or "#444444", edgecolors="#444444", linewidths=2, label=model)
-    ax.set_yticks(rows, genres)
+    recall = pd.DataFrame({model: report["recall"] for model, report in reports.items()})
+    for genre, color in _palette(recall.index).items():
+        ax.plot(recall.loc[genre], [genre, genre], color=color, linewidth=3, alpha=0.6)
+        for model, face in zip(recall, ("white", color), strict=True):
+            ax.plot(recall[model][genre], genre, "o", color=color, markerfacecolor=face, markeredgewidth=2)
+    for model, face in zip(recall, ("white", DARK_GREY), strict=True):
+        ax.plot([], [], "o", color=DARK_GREY, markerfacecolor=face, markeredgewidth=2, label=model)
     ax.set(xlabel="recall (share of the genre's clips that are found)", xlim=(-0.03, 1.03))
+    ax.invert_yaxis()
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
-def interval_plot(ax: Axes, estimates: dict[str, Estimate], reference: float | None = None) -> Axes:
-    """Draw named estimates with their 95 % intervals below each other, first one on top."""
-    names = list(estimates)[::-1]
-    for row, name in enumerate(names):
-        estimate = estimates[name]
-        ax.plot([estimate.low, estimate.high], [row, row], color="#0072B2", linewidth=3, alpha=0.6)
-        ax.plot(estimate.value, row, "o", color="#0072B2", markersize=8)
-        ax.annotate(
-            f"{estimate.value:.3f}",
-            (estimate.value, row),
-            (0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
-    if reference is not None:
-        ax.axvline(reference, color="#444444", linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(-0.6, len(names) - 0.3)
+def interval_plot(
+    ax: Axes, estimates: dict[str, Estimate], reference: float = 0, texts: Sequence[str] | None = None
+) -> Axes:
+    """Draw named estimates with their 95 % intervals, first one on top. Notebook 05.
+
+    The dashed line is the ``reference``; intervals that hold it are grey. ``texts`` stand on the right.
+    """
+    for row, e in enumerate(estimates.values()):
+        color = "#A8A8A8" if e.low <= reference <= e.high else BLUE
+        ax.plot([e.low, e.high], [row, row], color=color, linewidth=3, alpha=0.6)
+        ax.plot(e.value, row, "o", color=color, markersize=8)
+        text = texts[row] if texts else f"{e.value:.3f}"
+        ax.text(1.02, row, text, transform=ax.get_yaxis_transform(), va="center")
+    ax.axvline(reference, color=DARK_GREY, linewidth=1, linestyle="--")
+    ax.set_yticks(range(len(estimates)), list(estimates))
+    ax.set_ylim(len(estimates) - 0.4, -0.6)
     return ax
 
 
 def ablation_plot(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Draw a `fma_nb.runs.ablation.ablation_table`: each row's change in accuracy, in points.
+    """Draw a `fma_nb.runs.ablation.ablation_table`: each row's change in accuracy, in points. Notebook 05.
 
-    Dark intervals exclude zero; the text on the right is the row's own accuracy.
+    The text on the right is the row's own accuracy.
     """
-    first, rows = table.iloc[0], table.iloc[:0:-1]
-    for height, row in enumerate(rows.itertuples()):
-        color = "#A8A8A8" if row.low <= 0 <= row.high else "#0072B2"
-        ax.plot([100 * row.low, 100 * row.high], [height, height], color=color, linewidth=3)
-        ax.plot(100 * row.difference, height, "o", color=color, markersize=7)
-        spread = "" if pd.isna(row.val_std) else f" ± {row.val_std:.3f}"
-        ax.text(1.02, height, f"{row.val_mean:.3f}{spread}", transform=ax.get_yaxis_transform(), va="center")
-    ax.axvline(0, color="#444444", linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(rows)), [f"{row.row} ({row.seeds})" for row in rows.itertuples()])
-    ax.set_ylim(-0.7, len(rows) - 0.3)
-    ax.set_xlabel(f"change in val accuracy against {first['row']} ({first['val_mean']:.3f}), points")
+    first, *rows = table.itertuples()
+    changes = {f"{r.row} ({r.seeds})": Estimate(100 * r.difference, 100 * r.low, 100 * r.high) for r in rows}
+    texts = [f"{r.val_mean:.3f}" + ("" if pd.isna(r.val_std) else f" ± {r.val_std:.3f}") for r in rows]
+    interval_plot(ax, changes, texts=texts)
+    ax.set_xlabel(f"change in val accuracy against {first.row} ({first.val_mean:.3f}), points")
     return ax
 
 
 def reliability_plot(ax: Axes, tables: dict[str, pd.DataFrame]) -> Axes:
-    """Draw named `fma_nb.calibration.reliability` tables; a dot's area tells its number of clips."""
-    ax.plot([0, 1], [0, 1], color="#444444", linewidth=1, linestyle="--", label="as sure as right")
-    for (name, table), color in zip(tables.items(), ("#D55E00", "#0072B2"), strict=False):
-        ax.plot(table["confidence"], table["accuracy"], color=color, linewidth=1.5, label=name)
+    """Draw two named `fma_nb.calibration.reliability` tables; a dot's area tells its clips. Notebook 05."""
+    ax.plot([0, 1], [0, 1], color=DARK_GREY, linewidth=1, linestyle="--", label="as sure as right")
+    for (name, table), color in zip(tables.items(), (ORANGE, BLUE), strict=True):
+        ax.plot(table["confidence"], table["accuracy"], color=color, label=name)
         area = 25 + 300 * table["clips"] / table["clips"].sum()
         ax.scatter(table["confidence"], table["accuracy"], s=area, color=color, alpha=0.7)
-    ax.set(xlabel="probability of the answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
+    limits = (-0.05, 1.05)
+    ax.set(xlabel="probability of the answer", ylabel="share of right answers", xlim=limits, ylim=limits)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
 def embedding_map(ax: Axes, points: npt.NDArray[np.float64], clip_genres: Sequence[str]) -> Axes:
-    """Draw clips as dots in the plane [shape=(n_clips, 2)], coloured by their true genre."""
-    for genre in sorted(set(clip_genres)):
-        chosen = np.array([g == genre for g in clip_genres])
-        ax.scatter(
-            points[chosen, 0],
-            points[chosen, 1],
-            s=28,
-            color=genre_color(genre),
-            alpha=0.8,
-            label=genre,
-            linewidths=0,
-        )
+    """Draw clips as dots in the plane [shape=(n_clips, 2)], coloured by their true genre. Notebook 05."""
+    (x, y), palette = points.T, _palette(sorted(set(clip_genres)))
+    sns.scatterplot(
+        x=x, y=y, hue=clip_genres, hue_order=palette, palette=palette, alpha=0.8, linewidth=0, ax=ax
+    )
     ax.set(xticks=[], yticks=[])
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
 def probability_bars(ax: Axes, probabilities: Mapping[str, float]) -> Axes:
-    """Draw the probability of each genre as a bar."""
-    names = list(probabilities)[::-1]
-    ax.barh(names, [probabilities[name] for name in names], color=[genre_color(name) for name in names])
+    """Draw the probability of each genre as a bar. Notebook 05."""
+    ax.barh(list(probabilities), list(probabilities.values()), color=_palette(probabilities).values())
     ax.set(xlabel="probability", xlim=(0, 1))
     ax.grid(axis="y", visible=False)
+    ax.invert_yaxis()
     return ax
 
 
-def spectrogram_image(ax: Axes, image: npt.NDArray[np.float32], seconds: float, title: str = "") -> Axes:
-    """Draw a spectrogram image [shape=(n_mels, n_frames)] as the network sees it, highest band on top."""
-    n_mels = image.shape[0]
-    ax.imshow(image, cmap="magma", aspect="auto", extent=(0, seconds, 0, n_mels), interpolation="nearest")
-    ax.set(xlabel="time (s)", ylabel="mel band", title=title)
-    ax.grid(False)
-    return ax
+def spectrogram_image(ax: Axes, image: Bands, seconds: float, title: str = "") -> Axes:
+    """Draw what the network sees [shape=(n_mels, n_frames)], highest band on top. Notebooks 04, 05."""
+    return _show_bands(ax, image, seconds, len(image), title, cmap="magma", interpolation="nearest")
 
 
-def saliency_map(
-    ax: Axes, support: npt.NDArray[np.float32], seconds: float, n_mels: int, title: str = ""
-) -> Axes:
-    """Draw how much each block [shape=(n_rows, n_columns)] supports an answer: red for, blue against."""
+def saliency_map(ax: Axes, support: Bands, seconds: float, n_mels: int, title: str = "") -> Axes:
+    """Draw what supports an answer [shape=(n_rows, n_columns)]: red for, blue against it. Notebook 05."""
     largest = float(np.abs(support).max()) or 1.0
-    extent = (0, seconds, 0, n_mels)
-    ax.imshow(support, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", extent=extent)
+    return _show_bands(ax, support, seconds, n_mels, title, cmap="RdBu_r", vmin=-largest, vmax=largest)
+
+
+def _show_bands(ax: Axes, values: Bands, seconds: float, n_mels: int, title: str, **options: Any) -> Axes:
+    ax.imshow(values, aspect="auto", extent=(0, seconds, 0, n_mels), **options)
     ax.set(xlabel="time (s)", ylabel="mel band", title=title)
     ax.grid(False)
     return ax
 
 
 def genre_counts(ax: Axes, tracks: pd.DataFrame) -> Axes:
-    """Draw how many tracks each genre has in training, validation (lighter) and test (lightest)."""
-    counts = pd.crosstab(tracks["genre"], tracks["split"])[::-1]
-    colors = [genre_color(genre) for genre in counts.index]
-    left = np.zeros(len(counts))
-    for split, alpha in zip(SPLITS, (1.0, 0.6, 0.3), strict=True):
-        ax.barh(counts.index, counts[split], left=left, color=colors, alpha=alpha)
-        ax.barh(counts.index[0], 0, color="#444444", alpha=alpha, label=split)
-        left += counts[split].to_numpy()
-    ax.set(xlabel="tracks")
+    """Draw how many tracks each genre has in train, val (lighter) and test (lightest). Notebook 01."""
+    table = tracks.sort_values("genre")
+    shades = {"test": "#C7C7C7", "val": "#8F8F8F", "train": DARK_GREY}
+    options = {"hue_order": shades, "palette": shades, "multiple": "stack", "shrink": 0.8, "alpha": 1}
+    sns.histplot(table, y="genre", hue="split", edgecolor="none", ax=ax, **options)
+    for bars, alpha in zip(ax.containers, (1, 0.6, 0.3), strict=True):
+        for bar, genre in zip(bars, table["genre"].unique(), strict=True):
+            bar.set(facecolor=genre_color(genre), alpha=alpha)
+    ax.set(xlabel="tracks", ylabel="")
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, reverse=True)
     return ax
 
 
-def network_diagram(
-    ax: Axes, traces: Sequence[LayerTrace], image: npt.NDArray[np.float32], genres: Sequence[str]
-) -> Axes:
-    """Draw the path of one clip [shape=(n_mels, n_frames)] through a network, a box a layer.
+def network_diagram(ax: Axes, traces: Sequence[LayerTrace], image: Bands, genres: Sequence[str]) -> Axes:
+    """Draw the path of one clip [shape=(n_mels, n_frames)] through a network. Notebooks 03, 04.
 
     A box is as high and wide as the square roots of the mel bands and frames that the layer gives. Above it
     stands the layer, below it the shape and the receptive field of one number; the largest receptive field
     is outlined in the clip.
     """
-    n_mels, n_frames = image.shape
-    height, width = _drawn_size(n_mels, n_frames)
-    _draw_clip(ax, image, max(trace.field for trace in traces if trace.field))
-    _label_box(ax, width / 2, "clip", f"1 × {n_mels} × {n_frames}")
-    left = width + 0.35
-    for trace in traces:
-        height, width = _drawn_size(*(trace.shape[1:] if len(trace.shape) == 3 else (1, trace.shape[0])))
+    ax.imshow(image, extent=(0, CLIP_WIDTH, -0.5, 0.5), cmap="magma", aspect="auto")
+    largest = max(trace.field for trace in traces if trace.field)
+    _draw_box(ax, CLIP_WIDTH / 2, np.divide(largest, image.shape), edgecolor="white", fill=False)
+    left = 0.0
+    for trace in (LayerTrace("clip", (1, *image.shape), (1, 1)), *traces):
+        size = trace.shape[1:] if len(trace.shape) == 3 else (1, trace.shape[0])
+        share = np.sqrt(np.divide(size, image.shape))
+        middle = left + max(share[1] * CLIP_WIDTH, MIN_WIDTH) / 2
         if len(trace.shape) == 1:
             _draw_genres(ax, left, genres)
-        else:
+        elif left > 0:
             color = "#F0E442" if trace.field is None else "#9DBFD9"
-            ax.add_patch(Rectangle((left, -height / 2), width, height, facecolor=color, edgecolor="#333333"))
+            _draw_box(ax, middle, share, edgecolor=DARK_GREY, facecolor=color)
         seen = "sees all" if trace.field is None else f"sees {trace.field[0]} × {trace.field[1]}"
-        shape = " × ".join(map(str, trace.shape))
-        _label_box(ax, left + width / 2, trace.name.replace(", ", "\n"), f"{shape}\n{seen}")
-        left += max(width, 0.9) + 0.35
-    ax.set(xlim=(-0.1, left + 0.2), ylim=(-1.05, 1.05), aspect="equal")
+        ax.text(middle, 0.58, trace.name.replace(", ", "\n"), ha="center", va="bottom")
+        ax.text(middle, -0.58, f"{' × '.join(map(str, trace.shape))}\n{seen}", ha="center", va="top")
+        left = 2 * middle - left + GAP
+    ax.set(xlim=(0, left), ylim=(-0.95, 0.95))
     ax.axis("off")
     return ax
 
 
-def _drawn_size(n_bands: int, n_frames: int) -> tuple[float, float]:
-    return math.sqrt(n_bands) / 10, math.sqrt(n_frames) / 10
-
-
-def _draw_clip(ax: Axes, image: npt.NDArray[np.float32], field: tuple[int, int]) -> None:
-    """Draw the clip, and in its middle the outline of a receptive field."""
-    height, width = _drawn_size(*image.shape)
-    extent = (0, width, -height / 2, height / 2)
-    ax.imshow(image, extent=extent, cmap="magma", aspect="auto")
-    seen = [min(1, n / whole) for n, whole in zip(field, image.shape, strict=True)]
-    corner = (width / 2 * (1 - seen[1]), -height / 2 * seen[0])
-    ax.add_patch(Rectangle(corner, width * seen[1], height * seen[0], fill=False, edgecolor="white"))
+def _draw_box(ax: Axes, middle: float, share: npt.NDArray[np.float64], **style: Any) -> None:
+    """Draw a rectangle whose height and width are shares of the clip's."""
+    height, width = np.minimum(share, 1) * (1, CLIP_WIDTH)
+    ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, **style))
 
 
 def _draw_genres(ax: Axes, left: float, genres: Sequence[str]) -> None:
-    for i, genre in enumerate(genres):
-        bottom = (len(genres) / 2 - 1 - i) * 0.15
-        ax.add_patch(Rectangle((left, bottom), 0.12, 0.12, color=genre_color(genre)))
-        ax.text(left + 0.17, bottom + 0.06, genre, va="center", fontsize=6.5)
-
-
-def _label_box(ax: Axes, middle: float, above: str, below: str) -> None:
-    ax.text(middle, 0.7, above, ha="center", va="bottom", fontsize=7.5)
-    ax.text(middle, -0.7, below, ha="center", va="top", fontsize=7.5, linespacing=1.4)
+    heights = np.linspace(0.5, -0.5, 2 * len(genres) + 1)[1::2]
+    for genre, height in zip(genres, heights, strict=True):
+        ax.plot(left, height, "s", color=genre_color(genre), markersize=8)
+        ax.text(left + 0.12, height, genre, va="center", fontsize=9)
 
 
 def waveform(ax: Axes, samples: Samples, sample_rate: int, color: str) -> Axes:
-    """Draw mono samples over time; where a pixel holds many of them, their range from lowest to highest."""
+    """Draw mono samples over time; where a pixel holds many, from lowest to highest. Notebook 01."""
     scale, unit = (1, "s") if len(samples) > sample_rate / 2 else (1000, "ms")
     step = max(len(samples) // 1000, 1)
     columns = samples[: len(samples) // step * step].reshape(-1, step)
@@ -318,26 +269,22 @@ def waveform(ax: Axes, samples: Samples, sample_rate: int, color: str) -> Axes:
 
 
 def mel_spectrogram(ax: Axes, db: Decibels, seconds: float, sample_rate: int, title: str = "") -> Axes:
-    """Draw a mel spectrogram [shape=(n_mels, n_frames)], lowest band first, with frequencies in Hz."""
-    spectrogram_image(ax, db[::-1], seconds, title)
-    ax.images[-1].set_cmap(plt.get_cmap("magma", N_COLORS))
-    ax.set_yticks(*hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000)))
+    """Draw a mel spectrogram [shape=(n_mels, n_frames)], lowest band first, in Hz. Notebook 02."""
+    _show_bands(ax, db[::-1], seconds, len(db), title, cmap=COARSE_MAGMA, interpolation="nearest")
+    ax.set_yticks(*_hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000)))
     ax.set_ylabel("frequency")
     return ax
 
 
 def thumbnail(ax: Axes, image: GreyImage) -> Axes:
-    """Draw a spectrogram image [shape=(n_mels, n_frames)] small and without axes, for a gallery."""
+    """Draw a spectrogram image [shape=(n_mels, n_frames)] small and without axes. Notebook 02."""
     small = Image.fromarray(image).resize((64, 64), Image.Resampling.BOX)
-    colors = plt.get_cmap("magma", N_COLORS)
-    ax.imshow(small, cmap=colors, aspect="auto", interpolation="nearest", vmin=0, vmax=255)
+    ax.imshow(small, cmap=COARSE_MAGMA, aspect="auto", interpolation="nearest", vmin=0, vmax=255)
     ax.axis("off")
     return ax
 
 
-def hertz_ticks(
-    sample_rate: int, n_mels: int, hertz: Sequence[int] = (0, 500, 1000, 2000, 4000, 8000, 16000)
-) -> tuple[list[float], list[str]]:
+def _hertz_ticks(sample_rate: int, n_mels: int, hertz: Sequence[int]) -> tuple[list[float], list[str]]:
     """Return where frequencies lie on an axis of mel bands, and their labels in Hz or kHz."""
     centres = librosa.mel_frequencies(n_mels + 2, fmin=0, fmax=sample_rate / 2)[1:-1]
     shown = [f for f in hertz if f <= sample_rate / 2]
@@ -346,17 +293,16 @@ def hertz_ticks(
 
 
 def mel_profiles(ax: Axes, profiles: pd.DataFrame, sample_rate: int) -> Axes:
-    """Draw each genre's mean level by mel band; ``profiles`` in dB [shape=(n_genres, n_mels)]."""
-    for genre, profile in profiles.iterrows():
-        ax.plot(profile.to_numpy(), color=genre_color(str(genre)), linewidth=1.5, label=genre)
-    ax.set_xticks(*hertz_ticks(sample_rate, profiles.shape[1]))
+    """Draw each genre's mean level by mel band, in dB [shape=(n_genres, n_mels)]. Notebook 02."""
+    sns.lineplot(profiles.T, palette=_palette(profiles.index), dashes=False, ax=ax)
+    ax.set_xticks(*_hertz_ticks(sample_rate, profiles.shape[1], (0, 500, 1000, 2000, 4000, 8000, 16000)))
     ax.set(xlabel="frequency of the mel band", ylabel="mean level (dB re peak)")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
 def audio_player(samples: Samples, sample_rate: int) -> Audio:
-    """Return a player for a short mono excerpt, kept in the notebook as MP3 of 24 kbit/s."""
+    """Return a player for a short mono excerpt, kept as MP3 of 24 kbit/s. Notebooks 01, 02, 05."""
     buffer = io.BytesIO()
     settings = {"subtype": "MPEG_LAYER_III", "bitrate_mode": "CONSTANT", "compression_level": 0.9}
     sf.write(buffer, samples, sample_rate, format="MP3", **settings)
@@ -364,10 +310,10 @@ def audio_player(samples: Samples, sample_rate: int) -> Audio:
 
 
 def player_grid(players: Mapping[str, Audio]) -> HTML:
-    """Return named players side by side, each under its name; a genre's name has the genre's colour."""
-    colors = {name: GENRE_COLORS.get(name, "inherit") for name in players}
+    """Return named players side by side; before a genre a square of its colour. Notebooks 01, 02, 05."""
+    squares = {genre: f"<span style='color:{color}'>■</span> " for genre, color in GENRE_COLORS.items()}
     cells = "".join(
-        f"<div><b style='color:{colors[name]}'>{name}</b><br>{player._repr_html_()}</div>"
+        f"<div>{squares.get(name, '')}<b>{name}</b><br>{player._repr_html_()}</div>"
         for name, player in players.items()
     )
     return HTML(f"<div style='display:flex;flex-wrap:wrap;gap:0.6em 2em'>{cells}</div>")

@@ -22,7 +22,7 @@ def format_bytes(n: int) -> str:
 
 
 def _in_notebook() -> bool:
-    """Tell whether a Jupyter kernel runs; one that does has imported IPython, which is slow to import."""
+    """Tell whether a Jupyter kernel runs. A kernel has imported IPython, which is slow to import."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
@@ -72,8 +72,8 @@ class Progress:
         return self
 
     def _terminal_bar(self) -> Any:
-        options: dict[str, Any] = {"initial": self.n, "unit_scale": self.unit == "B", "leave": False}
-        return tqdm(total=self.total, desc=self.what, unit=self.unit, **options)
+        count = {"total": self.total, "initial": self.n, "unit": self.unit, "unit_scale": self.unit == "B"}
+        return tqdm(desc=self.what, leave=False, **count)
 
     def start_at(self, n: int) -> None:
         """Count on from ``n`` items that were there before; called again, it starts over."""

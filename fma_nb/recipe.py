@@ -70,7 +70,7 @@ class Recipe:
     mel_shift
         Move each training clip up or down by up to this number of mel bands.
     gain
-        Colour each training clip: a random smooth gain over the mel bands with this spread, in dB.
+        Equalize each training clip at random: a smooth gain over the mel bands with this spread, in dB.
     freq_mask, time_mask
         Longest SpecAugment mask, as a share of the mel bands and of the frames.
     mixup

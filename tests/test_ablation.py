@@ -27,7 +27,7 @@ from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
 from fma_nb.project import FmaNbError, data_dir, outputs_dir, spectrogram_dir
 from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.runs.ablation import ALL_ROWS, CSV_COLUMNS, ROWS, ablation_table, finished_rows, folds, row_recipe
-from fma_nb.runs.checkpoint import read_log, run_files
+from fma_nb.runs.checkpoint import read_log
 
 RUN = "tiny"
 N_SEEDS = 2
@@ -461,7 +461,7 @@ def test_cross_validation_prints_an_accuracy_a_fold() -> None:
         metrics = metrics_of(f"fold{i + 1}of2", "crnn")
         assert metrics["fingerprint"] == fold.fingerprint
         assert set(metrics["labels"]["val"]) == {str(track_id) for track_id in ids(fold, "val")}
-        log = read_log(run_files(f"{RUN}/ablation/fold{i + 1}of2", "crnn", 3, 3).log)
+        log = read_log(f"{RUN}/ablation/fold{i + 1}of2", "crnn")
         assert len(log) == N_EPOCHS
         accuracies.append(log["val_accuracy"].iloc[-1])
         best.append(log["val_accuracy"].max())

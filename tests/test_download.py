@@ -441,11 +441,12 @@ def test_silence_of_the_server_is_bounded_by_the_timeout(server):
         get(server, policy=RetryPolicy(timeout=0.2, attempts=1))
 
 
-def test_server_without_ranges_starts_over(server, raw, members, body):
+def test_server_without_ranges_starts_over(server, raw, members, body, capsys):
     server.has_ranges = False
     server.answers = [Answer(stop_after=100_000)]
     get(server)
     assert server.starts == [None, 100_000]
+    assert capsys.readouterr().out.startswith(f"{ZIP}: {len(body) / 1000:.0f}kB in ")
     assert_complete(raw, members, body)
 
 

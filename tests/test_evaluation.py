@@ -8,14 +8,13 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
+from conftest import assert_one_sentence, write_png_tree
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from fma_nb.bulk.pack import load_pack
@@ -25,7 +24,7 @@ from fma_nb.evaluation import (
     McNemar,
     bootstrap_accuracy,
     correct_matrix,
-    evaluate,
+    evaluate_split,
     genre_report,
     mcnemar,
     paired_difference,
@@ -114,8 +113,7 @@ def test_the_file_tells_how_it_came_about(run: tuple[Tree, dict[str, Any]]) -> N
         assert [result["seed"] for result in found["seeds"]] == [config.seed, config.seed + 1]
         for result in found["seeds"]:
             files = run_files(RUN, name, result["seed"], config.seed)
-            log = read_log(files.log)
-            rows = log[log["seed"] == result["seed"]]
+            rows = read_log(RUN, name, [result["seed"]])
             assert result["epochs"] == len(rows) == config.epochs
             best_epoch = load_checkpoint(files.best)["epoch"]
             assert result["best_epoch"] == best_epoch + 1  # people count from one
@@ -155,7 +153,7 @@ def test_predictions_are_the_best_checkpoints(run: tuple[Tree, dict[str, Any]]) 
         networks = list(trained_models(RUN, name, pack, CPU))
         assert len(networks) == N_SEEDS
         for network, result in zip(networks, metrics[name]["seeds"], strict=True):
-            assert evaluate(network, pack, "test", CPU) == result["test"]
+            assert evaluate_split(network, pack, "test", CPU) == result["test"]
             loader = make_loader(SpectrogramDataset(split), 16)
             logits, _ = predict_logits(network, loader, CPU)
             predicted = {
@@ -176,7 +174,7 @@ def test_the_best_checkpoint_is_evaluated_and_not_the_last() -> None:
     turned = replace(pack, splits=pack.splits | {"val": replace(val, labels=(val.labels + 1) % 8)})
     config = replace(CONFIGS["baseline"], epochs=8, lr=3e-3)
     result = train_and_evaluate(config, turned, "turned", CPU, progress=False)["seeds"][0]
-    log = read_log(run_files("turned", "baseline", config.seed, config.seed).log).set_index("epoch")
+    log = read_log("turned", "baseline").set_index("epoch")
     assert result["val"]["accuracy"] == pytest.approx(log["val_accuracy"].max())
     assert log["val_accuracy"].max() > log["val_accuracy"].iloc[-1]  # else this test would show little
 
@@ -196,12 +194,11 @@ def test_what_is_finished_is_not_trained_again(run: tuple[Tree, dict[str, Any]])
 def test_fewer_seeds_are_those_asked_for_and_the_others_are_kept(run: tuple[Tree, dict[str, Any]]) -> None:
     pack = load_pack("fma_small", "compact")
     shutil.copytree(outputs_dir() / RUN, outputs_dir() / "fewer")
-    log = run_files("fewer", "baseline", 4, 4).log
     fewer = train_and_evaluate(CONFIGS["baseline"], pack, "fewer", CPU, n_seeds=1, progress=False)
     assert [result["seed"] for result in fewer["seeds"]] == [4]
     assert fewer["seeds"][0]["val"] == run[1]["baseline"]["seeds"][0]["val"]
-    assert set(read_log(log)["seed"]) == {4, 5}
-    assert set(read_log(log, [4])["seed"]) == {4}
+    assert set(read_log("fewer", "baseline")["seed"]) == {4, 5}
+    assert set(read_log("fewer", "baseline", [4])["seed"]) == {4}
 
 
 @pytest.mark.parametrize(
@@ -359,34 +356,6 @@ def test_result_summary_is_the_table_in_words(run: tuple[Tree, dict[str, Any]]) 
     shown = result_summary({"baseline": single}).iloc[0]
     assert shown["val accuracy"] == f"{single['seeds'][0]['val']['accuracy']:.3f}"  # no spread of one seed
     assert "test accuracy" not in shown
-
-
-@pytest.mark.usefixtures("project")
-def test_without_metadata_neighbours_by_number_are_taken_for_one_artists_tracks() -> None:
-    assert artist_groups("fma_small", [9, 2, 5, 14, 18, 13]) == [9, 2, 2, 13, 18, 13]
-    assert artist_groups("fma_small", [0, 3, 6]) == [0, 0, 0]
-
-
-def test_the_guess_at_artists_is_nearly_always_right_on_real_tracks(real: Path) -> None:
-    """Checked where the artists are known: of the tracks of FMA-Small among the first of FMA."""
-    tracks = pd.read_csv(real / "fma_metadata_head" / "tracks.csv", index_col=0, header=[0, 1])
-    small = tracks[tracks["set", "subset"] == "small"]
-    guess = np.array(artist_groups("fma_small", small.index.tolist()))
-    artist = small["artist", "id"].to_numpy()
-    guessed, same = guess[1:] == guess[:-1], artist[1:] == artist[:-1]
-    assert len(small) == 58
-    assert same[guessed].mean() > 0.85 and guessed[same].mean() > 0.85
-
-
-def test_groups_are_artists_where_they_are_known(project: Path) -> None:
-    write_tracks_csv(
-        project / "data" / "raw" / "fma_metadata" / "tracks.csv",
-        [track_row(2, "Rock", artist_id=70), track_row(5, "Rock", artist_id=70), track_row(9, "Pop")],
-    )
-    assert artist_groups("fma_small", [5, 9, 2]) == [70, 9, 70]
-    # A track that the metadata does not have stays a group of its own, whatever the artists' ids.
-    with_unknown = artist_groups("fma_small", [70, 2, 9, 71])
-    assert len(set(with_unknown)) == 4
 
 
 # ----- statistics -----

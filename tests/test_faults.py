@@ -39,7 +39,7 @@ from fma_nb.project import FmaNbError
 
 WORKER_MB = 500
 BULK = (
-    "from fma_nb.spectrogram import make_spectrograms; "
+    "from fma_nb.bulk.spectrograms import make_spectrograms; "
     "make_spectrograms('fma_small', 'compact', workers=2, progress=False)"
 )
 MEASURED_BULK = f"""
@@ -51,7 +51,7 @@ except FmaNbError:
     pass  # more than 5 % unreadable: the list is written all the same
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 """
-PACK = "from fma_nb.dataset import load_pack; load_pack('fma_small', 'compact')"
+PACK = "from fma_nb.bulk.pack import load_pack; load_pack('fma_small', 'compact')"
 
 
 def start(code: str, data: Path) -> subprocess.Popen[str]:

@@ -2,7 +2,6 @@
 
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -102,7 +101,7 @@ def seeded_baseline():
     network = model.build_model("baseline", 3, 32, 32)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
     constant = LambdaLR(optimizer, lambda _: 1.0)
-    return SimpleNamespace(model=network, optimizer=optimizer, scheduler=constant, average=None)
+    return training.TrainingState(network, optimizer, constant, average=None, n_classes=3)
 
 
 def test_the_loop_of_notebook_03_is_the_packages():
@@ -118,8 +117,8 @@ def test_the_loop_of_notebook_03_is_the_packages():
     trained = namespace["train_one_epoch"](ours.model, batches, ours.optimizer)
     judged = namespace["evaluate"](ours.model.train(), batches)
     theirs, cpu = seeded_baseline(), torch.device("cpu")
-    config = recipe.Recipe(bfloat16=False)
-    assert trained == pytest.approx(training.train_epoch(theirs, config, 0, batches, cpu))
-    assert judged == pytest.approx(training.score_loader(theirs.model.train(), batches, cpu, bfloat16=False))
+    plain = recipe.Recipe(bfloat16=False)
+    assert trained == pytest.approx(training.train_one_epoch(theirs, batches, plain))
+    assert judged == pytest.approx(training.evaluate(theirs.model.train(), batches, cpu, bfloat16=False))
     for name, value in ours.model.state_dict().items():
         assert torch.equal(value, theirs.model.state_dict()[name]), name

@@ -1,8 +1,12 @@
 """The main job and the command line, run as a user runs them."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -67,6 +71,36 @@ def test_the_comparison_runs_again_when_there_is_an_ablation_to_show(whole_run):
     assert shown.returncode == 0, shown.stderr
     assert "05_comparison: running" in shown.stdout and shown.stdout.count("up to date") == 4
     assert "05_comparison: up to date" in whole_run.again().stdout
+
+
+def key_of(copy: Path, name: str) -> str:
+    """Return the key of a notebook in a copy of the project, which must be where the package comes from."""
+    code = (
+        "import sys; from fma_nb.commands import notebooks\n"
+        "assert notebooks.__file__.startswith(sys.argv[1]), notebooks.__file__\n"
+        "print(notebooks._key(sys.argv[2], {'dataset': 'fma_mini', 'preset': 'compact'}, 'tiny'))"
+    )
+    moved = {"FMA_NB_DATA": str(copy / "data"), "FMA_NB_OUTPUTS": str(copy / "outputs")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(copy), name],
+        cwd=copy,
+        env=os.environ | moved | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_edited_room_makes_notebooks_run_again(tmp_path):
+    for folder in ("fma_nb", "notebooks"):
+        shutil.copytree(project_root() / folder, tmp_path / folder)
+    shutil.copy(project_root() / "pyproject.toml", tmp_path)
+    before = key_of(tmp_path, "03_baseline")
+    assert key_of(tmp_path, "03_baseline") == before  # the key holds while nothing changes
+    with (tmp_path / "fma_nb" / "runs" / "fit.py").open("a") as file:
+        file.write("# edited\n")
+    assert key_of(tmp_path, "03_baseline") != before
 
 
 def test_a_failing_cell_stops_the_run_and_is_named(whole_run, monkeypatch):

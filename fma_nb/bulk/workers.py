@@ -31,16 +31,16 @@ Work = Callable[..., str | None]
 Outcomes = Iterator[tuple[Job, str | None]]
 
 
-def run_locally(work: Work, jobs: Iterable[Job], workers: int, *, cpu_limit_s: float = CPU_LIMIT_S) -> Outcomes:
+def run_locally(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: float = CPU_LIMIT_S) -> Outcomes:
     """Call ``work(*job)`` for each job in processes of this machine; yield the jobs as they are done.
 
-    Whatever else ``work`` raises ends the run, and so do Ctrl-C, the end of this process and a caller that
-    takes no more: the processes are then killed, also in the middle of a job.
+    The processes are killed when the caller stops early, presses Ctrl-C or dies.
 
     Parameters
     ----------
     work
-        A function that returns ``None``, or the reason why the job has to be skipped.
+        A function that returns ``None``, or the reason why the job has to be skipped. What it raises ends
+        the run.
     jobs
         Tuples of arguments, taken one by one when a process is free.
     workers
@@ -51,7 +51,7 @@ def run_locally(work: Work, jobs: Iterable[Job], workers: int, *, cpu_limit_s: f
     Yields
     ------
     job, reason
-        Jobs that exceed the limit, run out of memory, or crash twice have a reason, too.
+        Jobs that exceed the limit, need too much memory or crash twice have a reason, too.
 
     Raises
     ------
@@ -77,14 +77,15 @@ def _through_pool(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: fl
         for worker, job in zip(pool, first, strict=True):
             worker.take(job)
         while pool:
-            for worker in wait(pool):  # type: ignore[type-var]
+            readable = wait([worker.pipe for worker in pool])
+            for worker in [worker for worker in pool if worker.pipe in readable]:
                 job, reason = worker.job, worker.outcome()
-                for following in itertools.islice(source, 1):
-                    worker.take(following)
-                    break
-                else:
+                following = next(source, None)
+                if following is None:
                     worker.end()
                     pool.remove(worker)
+                else:
+                    worker.take(following)
                 yield job, reason
     finally:
         for worker in pool:
@@ -93,8 +94,6 @@ def _through_pool(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: fl
 
 class _Worker:
     """A process that has one job at a time, so that its death tells which job it died of."""
-
-    job: Job
 
     def __init__(self, work: Work, cpu_limit_s: float) -> None:
         self._work, self._cpu_limit_s = work, cpu_limit_s
@@ -107,27 +106,23 @@ class _Worker:
         process = spawn.Process(target=_serve, args=(its_pipe, self._work, self._cpu_limit_s), daemon=True)
         with _starting(), its_pipe:
             process.start()
-        self._pipe, self._process, self._is_new = pipe, process, True
-
-    def fileno(self) -> int:
-        """Let `wait` watch the pipe."""
-        return self._pipe.fileno()
+        self.pipe, self._process, self._is_new = pipe, process, True
 
     def take(self, job: Job) -> None:
         """Begin a job, in a new process when the last one has died."""
-        if not (self._is_new or self._process.is_alive()):
+        if self.pipe.closed:
             self._launch()
         if self._is_new:
             with _starting():
-                self._is_new = self._pipe.recv()
+                self._is_new = self.pipe.recv()
         self.job = job
         with contextlib.suppress(OSError):  # it died just now: the outcome will say so
-            self._pipe.send(job)
+            self.pipe.send(job)
 
     def outcome(self) -> str | None:
         """Return why the job has to be skipped, if so, or raise what it raised."""
         try:
-            outcome: str | Exception | None = self._pipe.recv()
+            outcome: str | Exception | None = self.pipe.recv()
         except (EOFError, OSError):
             self.end()
             if self._process.exitcode == -signal.SIGPROF:
@@ -141,7 +136,7 @@ class _Worker:
         """End the process, whatever it does."""
         self._process.kill()
         self._process.join()
-        self._pipe.close()
+        self.pipe.close()
 
 
 @contextlib.contextmanager
@@ -235,14 +230,10 @@ def _finished(client: Any, futures: list[Any], scheduler: str) -> list[tuple[Any
     """Wait for a job that is done. When there is none for too long, restart the workers that are at work."""
     from distributed import wait
 
-    try:
-        done = wait(futures, timeout=CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED").done
-    except TimeoutError:
-        return _restart_busy_workers(client, futures, scheduler)
-    return [(future, _cluster_outcome(future)) for future in done]
-
-
-def _restart_busy_workers(client: Any, futures: list[Any], scheduler: str) -> list[tuple[Any, str | None]]:
+    with contextlib.suppress(TimeoutError):
+        wait(futures, timeout=CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED")
+    if done := [(future, _cluster_outcome(future)) for future in futures if future.done()]:
+        return done
     _check_workers(client, scheduler)
     in_hand: dict[str, list[str]] = client.run(
         lambda dask_worker: [task.key for task in dask_worker.state.executing], on_error="ignore"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -31,9 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; print bad input as one sentence and return a non-zero exit status."""
     options = _parser().parse_args(arguments)
     fix_folders()
+    _write_any_text()
     try:
         options.command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except FmaNbError as error:
         print(f"fma-nb: {error}", file=sys.stderr)
         return 2
@@ -44,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("fma-nb: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def _write_any_text() -> None:
+    """Let a stream that lacks a character of a name or of a bar write a substitute for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if stream.encoding.lower() == "utf-8" else "replace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,22 +255,21 @@ def _export(options: argparse.Namespace) -> None:
 
 def _add_predict(commands: Commands) -> None:
     command = commands.add_parser("predict", help="tell the genre of any audio file")
-    command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="MP3, OGG, FLAC or WAV")
+    command.add_argument(
+        "songs", nargs="+", type=Path, metavar="SONG", help="MP3, OGG, FLAC, WAV, AIFF; or a folder of them"
+    )
     command.add_argument("--weights", type=Path, help="weights of 'export' (default: the package's)")
-    command.add_argument("--json", action="store_true", help="print JSON instead of bars")
+    command.add_argument("--json", action="store_true", help="print a JSON object a line")
     command.set_defaults(command=_predict)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from fma_nb.commands.predict import bar_chart, load_classifier, predict
+    from fma_nb.commands.predict import load_classifier, print_predictions
 
     classifier = load_classifier(options.weights or SHIPPED_WEIGHTS)
-    if options.json:
-        found = {str(song): predict(song, classifier) for song in options.songs}
-        print(json.dumps(found, indent=1))
-        return
-    for song in options.songs:
-        print(f"{song}\n{bar_chart(predict(song, classifier))}", flush=True)
+    n_failed = print_predictions(options.songs, classifier, as_json=options.json)
+    if n_failed:
+        raise FmaNbError(f"{n_failed} file(s) have no answer: see the reasons above.")
 
 
 def _add_report(commands: Commands) -> None:

@@ -6,13 +6,17 @@ length is cut into windows of 30 s, as long as the clips it was trained on, and 
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fma_nb.audio import UnreadableClipError, load_windows
 from fma_nb.calibration import answers, fit_temperature
@@ -25,6 +29,8 @@ from fma_nb.spectrogram import get_preset, log_mel, to_grey
 SHIPPED_KEYS = ("model_state", "config", "genres", "preset", "image_shape", "epoch", "val_accuracy")
 # Nearly all of FMA's clips have it, so their mel bands mean these frequencies; Hz.
 USUAL_RATE = 44_100
+WINDOWS_AT_ONCE = 16
+AUDIO_ENDINGS = {".mp3", ".ogg", ".oga", ".opus", ".flac", ".wav", ".aif", ".aiff", ".au", ".caf", ".w64"}
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,60 @@ def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str,
         When the file cannot be decoded, is shorter than 1 s, or is silent.
     """
     classifier = classifier or load_classifier()
-    preset = get_preset(classifier.preset)
     try:
-        images = [
-            to_grey(log_mel(samples, rate, preset))
-            for samples, rate in load_windows(Path(path), preset.sample_rate or USUAL_RATE)
+        windows = [
+            _window_probabilities(batch, classifier) for batch in _image_batches(Path(path), classifier)
         ]
     except UnreadableClipError as error:
         raise FmaNbError(f"{path}: {error}.") from error
+    return dict(zip(classifier.genres, torch.cat(windows).mean(0).tolist(), strict=True))
+
+
+def _image_batches(path: Path, classifier: Classifier) -> Iterator[Tensor]:
+    """Yield the windows of a file a few at a time, so that memory does not grow with its length."""
+    preset = get_preset(classifier.preset)
+    windows = load_windows(path, preset.sample_rate or USUAL_RATE)
+    images = (to_grey(log_mel(samples, rate, preset)) for samples, rate in windows)
+    while batch := list(itertools.islice(images, WINDOWS_AT_ONCE)):
+        yield torch.from_numpy(np.stack(batch))
+
+
+def _window_probabilities(images: Tensor, classifier: Classifier) -> Tensor:
     with torch.inference_mode():
-        logits = classifier.network(to_input(torch.from_numpy(np.stack(images))))
-        probabilities = (logits / classifier.temperature).softmax(1).mean(0)
-    return dict(zip(classifier.genres, probabilities.tolist(), strict=True))
+        return (classifier.network(to_input(images)) / classifier.temperature).softmax(1)
+
+
+def audio_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield the files as they are, and of each folder the audio files below it, ordered by name."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        below = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in AUDIO_ENDINGS)
+        if not below:
+            raise FmaNbError(f"{path} holds no audio file: {', '.join(sorted(AUDIO_ENDINGS))}.")
+        yield from below
+
+
+def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json: bool) -> int:
+    """Print the answer for every file, or the reason why there is none, as soon as it is known.
+
+    Returns
+    -------
+    n_failed
+        How many files have no answer.
+    """
+    n_failed = 0
+    for path in audio_files(paths):
+        try:
+            probabilities = predict(path, classifier)
+            answer: dict[str, Any] = {"file": str(path), "probabilities": probabilities}
+            text = f"{path}\n{bar_chart(probabilities)}"
+        except FmaNbError as error:
+            n_failed += 1
+            answer, text = {"file": str(path), "error": str(error)}, str(error)
+        print(json.dumps(answer) if as_json else text, flush=True)
+    return n_failed
 
 
 def export_weights(run: str, model: str, path: Path) -> float:

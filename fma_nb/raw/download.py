@@ -58,8 +58,7 @@ class RetryPolicy:
 
     timeout: float = 30.0  # the longest silence
     attempts: int = 6  # requests in a row that may bring nothing new
-    backoff: float = 1.0  # the first pause; each is twice the one before
-    longest_wait: float = 60.0  # between two requests
+    backoff: float = 1.0  # the first pause; each is twice the one before, up to a minute
 
 
 def download(
@@ -203,7 +202,7 @@ def _fetch_rest(url: str, received: _Received, sha1: str, policy: RetryPolicy) -
                     f"{url} failed {failures} times in a row ({error}): call again later to go on "
                     f"from {received.n_bytes} bytes, or choose another address (--url, base_url)."
                 ) from error
-            wait = min(policy.backoff * 2 ** (failures - 1), policy.longest_wait)
+            wait = min(policy.backoff * 2 ** (failures - 1), 60.0)
             received.bar.write(f"{error}: trying again in {wait:.0f} s")
             time.sleep(wait)
         except requests.RequestException as error:
@@ -222,8 +221,7 @@ def _request_rest(url: str, received: _Received, timeout: float) -> None:
         etag = response.headers.get("ETag", "")
         # RFC 9110, 13.1.5: a weak validator does not promise equal bytes.
         received.etag = "" if etag.startswith("W/") else etag
-        length = response.raw.length_remaining
-        if length is not None:
+        if (length := response.raw.length_remaining) is not None:
             _check_free_space(Path(received.file.name).parent, length, url)
             received.bar.total = received.n_bytes + length
         # read1 hands over each piece as it arrives; read and iter_content drop one when cut off.

@@ -1,6 +1,6 @@
 """The ablation: the final recipe with every ingredient taken out in turn, and its cross-validation.
 
-Each row is a configuration that differs from the final recipe in one thing, trained with several seeds
+Each row is a recipe that differs from the final recipe in one thing, trained with several seeds
 and evaluated on validation. Finished trainings are never repeated, so the table grows row by row.
 """
 
@@ -87,10 +87,10 @@ def run_ablation(
     path
         The CSV: one line a training, `CSV_COLUMNS`.
     """
-    configs = {row: row_recipe(row, base) for row in rows}
-    for row, config in configs.items():
+    recipes = {row: row_recipe(row, base) for row in rows}
+    for row, recipe in recipes.items():
         print(f"{row}:", flush=True)
-        train_and_evaluate(config, pack, _row_run(run, row), device, n_seeds=n_seeds)
+        train_and_evaluate(recipe, pack, _row_run(run, row), device, n_seeds=n_seeds)
         write_csv(run)
     return write_csv(run)
 
@@ -190,7 +190,7 @@ def _table_line(row: str, metrics: Metrics, final: pd.DataFrame, groups: Sequenc
 def folds(pack: Pack, n_folds: int) -> Iterator[Pack]:
     """Cut the training split into folds; yield packs whose validation is one fold each.
 
-    Folds are balanced by genre and tear no group of `fma_nb.evaluation.artist_groups` apart. The official
+    Folds are balanced by genre and tear no group of `fma_nb.metadata.artist_groups` apart. The official
     validation split is not touched: what comes out is an estimate that no epoch was chosen on.
 
     Raises
@@ -214,7 +214,7 @@ def _part(split: Split, chosen: np.ndarray[Any, Any]) -> Split:
     return Split(split.images[chosen], split.labels[chosen], split.track_ids[chosen])
 
 
-def cross_validate(pack: Pack, run: str, config: Recipe, n_folds: int, device: torch.device) -> list[float]:
+def cross_validate(pack: Pack, run: str, recipe: Recipe, n_folds: int, device: torch.device) -> list[float]:
     """Train a recipe once for each fold of the training split; write ``folds.csv``, a line a fold.
 
     Returns
@@ -225,20 +225,20 @@ def cross_validate(pack: Pack, run: str, config: Recipe, n_folds: int, device: t
     lines: list[dict[str, Any]] = []
     for i, fold in enumerate(folds(pack, n_folds)):
         print(f"fold {i + 1} of {n_folds}:", flush=True)
-        lines.append({"fold": i + 1, "folds": n_folds} | _judge_fold(fold, run, i, n_folds, config, device))
+        lines.append({"fold": i + 1, "folds": n_folds} | _fold_line(fold, run, i, n_folds, recipe, device))
         with atomic_path(run_dir(run) / "folds.csv") as temporary:
             pd.DataFrame(lines).to_csv(temporary, index=False)
     return [line["accuracy"] for line in lines]
 
 
-def _judge_fold(
-    fold: Pack, run: str, i: int, n_folds: int, config: Recipe, device: torch.device
+def _fold_line(
+    fold: Pack, run: str, i: int, n_folds: int, recipe: Recipe, device: torch.device
 ) -> dict[str, Any]:
-    metrics = train_and_evaluate(config, fold, _row_run(run, f"fold{i + 1}of{n_folds}"), device)
+    metrics = train_and_evaluate(recipe, fold, _row_run(run, f"fold{i + 1}of{n_folds}"), device)
     result = metrics["seeds"][0]
     return {
-        "model": config.model,
-        "seed": config.seed,
+        "model": recipe.model,
+        "seed": recipe.seed,
         "epochs": result["epochs"],
         "train_clips": len(fold.split("train")),
         "held_out_clips": len(fold.split("val")),
