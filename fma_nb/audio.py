@@ -2,32 +2,31 @@
 
 Decoding is libsndfile's (through ``soundfile``), resampling libsoxr's: both are what librosa uses
 underneath, called without the detours. Notebook 02 takes the same steps one by one.
+
+Read are MP3, OGG (Vorbis, Opus), FLAC, WAV, AIFF and all else that libsndfile knows. M4A, AAC, WMA and
+WebM are not read: ``ffmpeg -i song.m4a song.wav`` converts them. What decodes of a damaged file is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import soundfile as sf
 import soxr
+
+from fma_nb.decoding import ENDLESS, open_audio
+from fma_nb.decoding import Samples as Samples
+from fma_nb.decoding import UnreadableClipError as UnreadableClipError
 
 CLIP_SECONDS = 30.0
 MIN_SECONDS = 5.0
-# Without a header that tells it, the length of a variable-rate MP3 is a guess that can be a tenth off.
+# A clip must hold this share of what its header promises.
 MIN_SHARE = 0.75
-
-Samples = npt.NDArray[np.float32]
-
-
-class UnreadableClipError(Exception):
-    """A clip that cannot be used; its text is the reason, in a few words, for the list of skipped clips."""
+# Left and right cancel each other where their mean is so much softer than they are: 60 dB.
+CANCELLED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,16 @@ class ClipInfo:
 
 
 def probe(path: Path) -> ClipInfo:
-    """Read a clip's sample rate (Hz), channels and duration (s) without decoding it.
+    """Read a clip's sample rate (Hz), channels and duration (s); decode it only where no header has that.
 
     Raises
     ------
     UnreadableClipError
         When the file is missing, empty or holds no audio that libsndfile knows.
     """
-    with _open(path) as file:
-        return ClipInfo(file.samplerate, file.channels, file.frames / file.samplerate)
+    with open_audio(path) as audio:
+        n_frames = audio.promised if audio.promised is not None else audio.skip(ENDLESS)
+        return ClipInfo(audio.sample_rate, audio.n_channels, n_frames / audio.sample_rate)
 
 
 def load_clip(
@@ -82,22 +82,24 @@ def load_clip(
     Raises
     ------
     UnreadableClipError
-        When the file cannot be decoded, is too short, holds less than its header promises, or is digital
-        silence.
+        When the file cannot be decoded, is too short, holds less than its header promises, or has no sound
+        that can be used.
     """
-    stereo, native_rate, promised = _decode(path, offset, seconds)
-    decoded = len(stereo) / native_rate
-    if decoded < min_seconds:
+    with open_audio(path) as audio:
+        rate = audio.sample_rate
+        start = audio.skip(int(offset * rate))
+        channels = audio.read(int(seconds * rate))
+    decoded = len(channels) / rate
+    if decoded < min_seconds or not decoded:
         raise UnreadableClipError(f"too short ({decoded:.1f} s)")
+    promised = min(seconds, (audio.promised or 0) / rate - start / rate)
     if min_seconds and decoded < MIN_SHARE * promised:
         # Its frames would stand for another length of time than those of every other clip.
         raise UnreadableClipError(f"cut off ({decoded:.1f} s of {promised:.1f} s)")
-    samples = to_mono(stereo)
-    if not np.isfinite(samples).all():
-        raise UnreadableClipError("decodes to numbers that are not finite")
-    if not samples.any():
-        raise UnreadableClipError("digital silence")
-    return _resampled(samples, native_rate, sample_rate)
+    samples = to_mono(channels)
+    if fault := _fault(samples, channels, rate):
+        raise UnreadableClipError(fault)
+    return _resampled(samples, rate, sample_rate)
 
 
 def load_windows(
@@ -106,55 +108,31 @@ def load_windows(
     """Decode a file of any length window by window; yield mono samples and their rate in Hz.
 
     Every window is ``seconds`` long: the last one reaches back over the one before, and a file that is
-    shorter than one window is repeated. Windows of digital silence, and a rest of less than 5 s, are left
+    shorter than one window is repeated. Windows without usable sound, and a rest of less than 5 s, are left
     out. Memory does not grow with the file.
 
     Raises
     ------
     UnreadableClipError
-        When the file cannot be decoded, is shorter than 1 s, or is silent throughout.
+        When the file cannot be decoded, is shorter than 1 s, or has no usable sound in any window.
     """
-    found, before = False, np.zeros((0, 1), dtype=np.float32)
-    with quiet_decoder(), _open(path) as file:
-        rate, length = file.samplerate, round(seconds * file.samplerate)
-        while len(block := _read(file, length)):
+    found, fault, before = False, "holds no audio", np.zeros((0, 1), dtype=np.float32)
+    with open_audio(path) as audio:
+        rate, length = audio.sample_rate, round(seconds * audio.sample_rate)
+        while len(block := audio.read(length)):
             if not len(before) and len(block) < rate:
                 raise UnreadableClipError(f"too short ({len(block) / rate:.1f} s)")
             if not len(before) or len(block) >= MIN_SECONDS * rate:
                 whole = np.concatenate([before, block])[-length:] if len(before) else block
-                samples = np.resize(to_mono(whole), length)
-                if np.isfinite(samples).all() and samples.any():
+                mono = to_mono(whole)
+                if reason := _fault(mono, whole, rate):
+                    fault = reason
+                else:
                     found = True
-                    yield _resampled(samples, rate, sample_rate)
+                    yield _resampled(np.resize(mono, length), rate, sample_rate)
             before = block
     if not found:
-        raise UnreadableClipError("silent" if len(before) else "holds no audio")
-
-
-def _read(file: sf.SoundFile, n_frames: int) -> Samples:
-    try:
-        return file.read(n_frames, dtype="float32", always_2d=True)
-    except sf.LibsndfileError as error:
-        raise UnreadableClipError(f"broken audio ({error.error_string.rstrip('.').lower()})") from error
-
-
-def _resampled(samples: Samples, rate: int, wanted: int | None) -> tuple[Samples, int]:
-    if wanted is None or wanted == rate:
-        return samples, rate
-    return soxr.resample(samples, rate, wanted, quality="HQ"), wanted
-
-
-@contextlib.contextmanager
-def quiet_decoder() -> Iterator[None]:
-    """Silence what the MP3 decoder's C code writes to the standard error, inside a ``with`` block."""
-    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        os.close(nowhere)
+        raise UnreadableClipError(fault)
 
 
 def to_mono(channels: Samples) -> Samples:
@@ -164,23 +142,24 @@ def to_mono(channels: Samples) -> Samples:
     return functools.reduce(np.add, channels.T) / np.float32(channels.shape[1])
 
 
-def _decode(path: Path, offset: float, seconds: float) -> tuple[Samples, int, float]:
-    """Return samples, their rate in Hz, and the seconds that the header had promised."""
-    with _open(path) as file:
-        start = min(int(offset * file.samplerate), file.frames)
-        if start:
-            file.seek(start)
-        samples = _read(file, int(seconds * file.samplerate))
-        return samples, file.samplerate, min(seconds, (file.frames - start) / file.samplerate)
+def _fault(mono: Samples, channels: Samples, rate: int) -> str | None:
+    """Return why decoded sound is of no use, or ``None``."""
+    peak = max(mono.max(), -mono.min())
+    if not np.isfinite(peak):
+        sample = int(np.isfinite(mono).argmin())
+        channel = int(np.isfinite(channels[sample]).argmin()) + 1
+        return f"not finite: channel {channel} holds no number at {sample / rate:.1f} s"
+    if peak < CANCELLED:
+        loudest = np.abs(channels).max()
+        if not loudest:
+            return "silent: digital silence"
+        if peak < CANCELLED * loudest:
+            way_out = "'ffmpeg -i song.wav -af pan=mono|c0=c0 left.wav'"
+            return f"left and right cancel each other: keep one of them, {way_out}"
+    return None
 
 
-def _open(path: Path) -> sf.SoundFile:
-    if not path.is_file():
-        raise UnreadableClipError("file missing")
-    if path.stat().st_size == 0:
-        raise UnreadableClipError("file empty")
-    try:
-        return sf.SoundFile(path)
-    except (sf.LibsndfileError, TypeError) as error:
-        # A TypeError: soundfile takes some name endings for headerless audio and asks for a sample rate.
-        raise UnreadableClipError("not audio that libsndfile can decode") from error
+def _resampled(samples: Samples, rate: int, wanted: int | None) -> tuple[Samples, int]:
+    if wanted is None or wanted == rate:
+        return samples, rate
+    return soxr.resample(samples, rate, wanted, quality="HQ"), wanted
