@@ -123,7 +123,8 @@ def load_windows(
             if not len(before) and len(block) < rate:
                 raise UnreadableClipError(f"too short ({len(block) / rate:.1f} s)")
             if not len(before) or len(block) >= MIN_SECONDS * rate:
-                whole = np.concatenate([before, block])[-length:] if len(before) else block
+                is_rest = len(before) and len(block) < length
+                whole = np.concatenate([before, block])[-length:] if is_rest else block
                 mono = to_mono(whole)
                 if reason := _fault(mono, whole, rate):
                     fault = reason

@@ -91,7 +91,8 @@ def _decode(sound: sf.SoundFile, block: Samples) -> int:
         return len(sound.read(out=block))
     except sf.LibsndfileError:
         # Nobody tells how far the decoder came before the damage; the marks that are left do.
-        return max(int(np.isnan(block[::MARK_STEP, 0]).argmax()) - 1, 0) * MARK_STEP
+        n_reached = int(np.append(np.isnan(block[::MARK_STEP, 0]), True).argmax())
+        return max(n_reached - 1, 0) * MARK_STEP
 
 
 def _open_sound(file: io.FileIO) -> tuple[bool, sf.SoundFile, int | None]:
@@ -106,9 +107,7 @@ def _open_sound(file: io.FileIO) -> tuple[bool, sf.SoundFile, int | None]:
     first = mpeg.find_frame(file, start)
     if first is None:
         kind = next((kind for kind, begin in NOT_READ.items() if re.match(begin, head, re.DOTALL)), None)
-        raise UnreadableClipError(
-            f"{kind} is not read: {CONVERT}" if kind else "not audio that libsndfile can decode"
-        )
+        raise UnreadableClipError(f"{kind} is not read: {CONVERT}" if kind else NOT_AUDIO)
     return True, *_open_mpeg(file, first)
 
 
