@@ -21,7 +21,7 @@ import soundfile as sf
 from fma_nb import metadata
 from fma_nb.audio import UnreadableClipError, load_clip
 from fma_nb.project import FmaNbError, audio_dir, clip_path, metadata_dir, spectrogram_dir
-from fma_nb.raw.instruments import INSTRUMENTS, draw_timbre
+from fma_nb.raw.instruments import INSTRUMENTS, Setting, draw_timbre
 from fma_nb.raw.mini import make_fma_mini
 from fma_nb.raw.mp3 import encode_mp3
 from fma_nb.raw.plan import MiniConfig, plan_tracks
@@ -275,8 +275,8 @@ def test_an_unwritable_folder_is_named(own_data: Path) -> None:
 
 @pytest.mark.parametrize("genre", GENRES)
 def test_tracks_are_finite_stereo_music_with_headroom(genre: str) -> None:
-    samples, sample_rate = synthesize_track(genre, artist=0, track=0, seconds=8.0, sample_rate=22_050)
-    assert (samples.shape, samples.dtype, sample_rate) == ((8 * 22_050, 2), np.float32, 22_050)
+    samples = synthesize_track(genre, artist=0, track=0, seconds=8.0, sample_rate=22_050)
+    assert (samples.shape, samples.dtype) == ((8 * 22_050, 2), np.float32)
     assert np.isfinite(samples).all()
     assert 0.5 < np.abs(samples).max() <= 0.6501
     spectrum = np.abs(np.fft.rfft(samples.mean(axis=1))) ** 2
@@ -286,7 +286,7 @@ def test_tracks_are_finite_stereo_music_with_headroom(genre: str) -> None:
 
 def test_tracks_artists_and_seeds_differ_and_repeat() -> None:
     def sound(**changes: int) -> np.ndarray:
-        return synthesize_track("Folk", **{"artist": 0, "track": 0, "seconds": 2, **changes})[0]
+        return synthesize_track("Folk", **{"artist": 0, "track": 0, "seconds": 2, **changes})
 
     assert np.array_equal(sound(), sound())
     for change in ({"artist": 1}, {"track": 1}, {"seed": 1}):
@@ -296,15 +296,10 @@ def test_tracks_artists_and_seeds_differ_and_repeat() -> None:
 def test_the_same_piece_is_played_at_every_sample_rate() -> None:
     envelopes = []
     for sample_rate in (22_050, 44_100):
-        samples, _ = synthesize_track("Hip-Hop", 2, 1, seconds=8.0, sample_rate=sample_rate)
+        samples = synthesize_track("Hip-Hop", 2, 1, seconds=8.0, sample_rate=sample_rate)
         frames = samples[: 160 * (sample_rate // 20)].reshape(160, -1)
         envelopes.append(np.log(frames.std(axis=1) + 1e-3))
     assert np.corrcoef(envelopes)[0, 1] > 0.95
-
-
-def test_an_unknown_genre_is_named() -> None:
-    with pytest.raises(FmaNbError, match="Polka"):
-        synthesize_track("Polka", 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +308,7 @@ def test_an_unknown_genre_is_named() -> None:
 @pytest.mark.parametrize("hertz", [196.0, 523.25])
 def test_instruments_are_in_tune(name: str, hertz: float) -> None:
     rng = np.random.default_rng(0)
-    note = INSTRUMENTS[name](np.array([hertz]), 1.5, 44_100, draw_timbre(rng), rng)
+    note = INSTRUMENTS[name](np.array([hertz]), 1.5, Setting(44_100, draw_timbre(rng), rng))
     spectrum = np.abs(np.fft.rfft(note * np.hanning(note.size), 2**19))
     near = np.arange(spectrum.size) * 44_100 / 2**19
     window = (near > hertz / 1.06) & (near < hertz * 1.06)

@@ -19,15 +19,8 @@ MP3_COMPRESSION = 0.75
 def encode_mp3(samples: Samples, sample_rate: int) -> bytes:
     """Encode ``samples`` [shape=(n_samples, n_channels)] as MP3 of variable bit rate."""
     buffer = io.BytesIO()
-    sf.write(
-        buffer,
-        samples,
-        sample_rate,
-        format="MP3",
-        subtype="MPEG_LAYER_III",
-        bitrate_mode="VARIABLE",
-        compression_level=MP3_COMPRESSION,
-    )
+    how = {"format": "MP3", "bitrate_mode": "VARIABLE", "compression_level": MP3_COMPRESSION}
+    sf.write(buffer, samples, sample_rate, **how)
     return buffer.getvalue()
 
 
@@ -35,17 +28,12 @@ def write_clip(track: PlannedTrack, config: MiniConfig) -> None:
     """Synthesize a track, damage it if that is planned, and write its MP3."""
     mp3 = b""
     if track.damage != "empty":
-        samples, sample_rate = synthesize_track(
-            track.genre,
-            track.artist,
-            track.track,
-            seed=config.seed,
-            seconds=config.seconds,
-            sample_rate=track.sample_rate,
+        samples = synthesize_track(
+            track.genre, track.artist, track.track, config.seed, config.seconds, track.sample_rate
         )
         if track.n_channels == 1:
             samples = samples.mean(axis=1, keepdims=True)
-        mp3 = encode_mp3(samples, sample_rate)
+        mp3 = encode_mp3(samples, track.sample_rate)
     if track.damage == "truncated":
         mp3 = mp3[:TRUNCATED_BYTES]
     with atomic_path(clip_path(DATASET, track.track_id)) as temporary:

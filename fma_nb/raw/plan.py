@@ -18,16 +18,8 @@ MONO_SHARE = 0.12
 class MiniConfig:
     """What `fma_mini` is made of. The defaults are the dataset of the course.
 
-    Attributes
-    ----------
-    seed
-        Another seed gives other artists and other music.
-    artists_per_genre
-        Three fifths of them are for training, a fifth for validation, a fifth for test; at least 3.
-    tracks_per_artist
-        Tracks of each artist.
-    seconds
-        Length of a clip in s.
+    Another ``seed`` gives other artists and other music. Three fifths of the artists are for training, a
+    fifth for validation, a fifth for test. ``seconds`` is the length of a clip in s.
     """
 
     seed: int = 0
@@ -37,12 +29,8 @@ class MiniConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no dataset can be made of."""
-        for name, smallest in (
-            ("seed", 0),
-            ("artists_per_genre", 3),
-            ("tracks_per_artist", 1),
-            ("seconds", 1),
-        ):
+        limits = {"seed": 0, "artists_per_genre": 3, "tracks_per_artist": 1, "seconds": 1}
+        for name, smallest in limits.items():
             if getattr(self, name) < smallest:
                 raise FmaNbError(f"{name}={getattr(self, name)} is too small: give at least {smallest}.")
 
@@ -58,7 +46,7 @@ class PlannedTrack:
     split: str
     sample_rate: int
     n_channels: int
-    damage: str = ""
+    damage: str
 
 
 def plan_tracks(config: MiniConfig) -> list[PlannedTrack]:
@@ -68,36 +56,20 @@ def plan_tracks(config: MiniConfig) -> list[PlannedTrack]:
     are damaged: one truncated, one empty.
     """
     rng = np.random.default_rng([config.seed, len(GENRES)])
+    n_artists, n_tracks = config.artists_per_genre, config.tracks_per_artist
     wanted = [
-        (genre, artist, track, "")
-        for genre in GENRES
-        for artist in range(config.artists_per_genre)
-        for track in range(config.tracks_per_artist)
+        (g, artist, track, "") for g in GENRES for artist in range(n_artists) for track in range(n_tracks)
     ]
-    extra = config.tracks_per_artist
-    wanted += [("Hip-Hop", 0, extra, "truncated"), ("Pop", 0, extra, "empty")]
+    wanted += [("Hip-Hop", 0, n_tracks, "truncated"), ("Pop", 0, n_tracks, "empty")]
+    n_held_out = max(1, round(0.2 * n_artists))
+    splits = ["training"] * (n_artists - 2 * n_held_out) + ["validation"] * n_held_out + ["test"] * n_held_out
     # Ids spread from 2 on over the folders 000 and 001, as FMA's have gaps.
     step = max(1998 // len(wanted), 1)
-    return [
-        PlannedTrack(
-            track_id=2 + step * place,
-            genre=genre,
-            artist=artist,
-            track=track,
-            split=_split_of(artist, config.artists_per_genre),
-            sample_rate=int(rng.choice(list(SAMPLE_RATES), p=list(SAMPLE_RATES.values()))),
-            n_channels=1 if rng.random() < MONO_SHARE else 2,
-            damage=damage,
-        )
-        for place, (genre, artist, track, damage) in enumerate(
-            wanted[i] for i in rng.permutation(len(wanted))
-        )
-    ]
-
-
-def _split_of(artist: int, n_artists: int) -> str:
-    n_held_out = max(1, round(0.2 * n_artists))
-    n_training = n_artists - 2 * n_held_out
-    if artist < n_training:
-        return "training"
-    return "validation" if artist < n_training + n_held_out else "test"
+    planned = []
+    for place, number in enumerate(rng.permutation(len(wanted))):
+        genre, artist, track, damage = wanted[number]
+        sample_rate = int(rng.choice(list(SAMPLE_RATES), p=list(SAMPLE_RATES.values())))
+        n_channels = 1 if rng.random() < MONO_SHARE else 2
+        kind = (splits[artist], sample_rate, n_channels, damage)
+        planned.append(PlannedTrack(2 + step * place, genre, artist, track, *kind))
+    return planned
