@@ -118,8 +118,8 @@ def wave(
         table = _wavetable(frequency, sample_rate, tilt, cutoff_hz * timbre.brightness, formants_hz)
         for voice in range(voices):
             cents = timbre.detune * (voice - (voices - 1) / 2)
-            phase = (rng.random() + periods * (frequency * 2 ** (cents / 1200))) % 1
-            mix += table[(phase * WAVETABLE_SIZE).astype(np.int32)]
+            phase = rng.random() + periods * (frequency * 2 ** (cents / 1200))
+            mix += table[(phase * WAVETABLE_SIZE).astype(np.int32) % WAVETABLE_SIZE]
     mix *= np.float32(1 / (hertz.size * voices))
     if decay:
         mix *= np.exp(-time / (decay * timbre.ring), dtype=np.float32)

@@ -22,7 +22,7 @@ from fma_nb.raw.mp3 import write_clip
 from fma_nb.raw.plan import DATASET, MiniConfig, PlannedTrack, plan_tracks
 from fma_nb.raw.tables import genre_table, track_table
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 
 def make_fma_mini(

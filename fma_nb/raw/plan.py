@@ -11,6 +11,7 @@ from fma_nb.raw.score import GENRES
 
 DATASET = "fma_mini"
 SAMPLE_RATES = {44_100: 0.90, 48_000: 0.06, 22_050: 0.04}  # Hz -> share of the tracks
+BIT_RATES = {96_000: 0.5, 128_000: 0.35, 160_000: 0.15}  # bit/s -> share; half of what is usual in FMA
 MONO_SHARE = 0.12
 
 
@@ -19,7 +20,8 @@ class MiniConfig:
     """What `fma_mini` is made of. The defaults are the dataset of the course.
 
     Another ``seed`` gives other artists and other music. Three fifths of the artists are for training, a
-    fifth for validation, a fifth for test. ``seconds`` is the length of a clip in s.
+    fifth for validation, a fifth for test. ``tracks_per_artist`` is a mean: few artists have many tracks and
+    many have one, as in FMA. ``seconds`` is the length of a clip in s.
     """
 
     seed: int = 0
@@ -45,6 +47,7 @@ class PlannedTrack:
     track: int
     split: str
     sample_rate: int
+    bit_rate: int
     n_channels: int
     damage: str
 
@@ -56,20 +59,35 @@ def plan_tracks(config: MiniConfig) -> list[PlannedTrack]:
     are damaged: one truncated, one empty.
     """
     rng = np.random.default_rng([config.seed, len(GENRES)])
-    n_artists, n_tracks = config.artists_per_genre, config.tracks_per_artist
-    wanted = [
-        (g, artist, track, "") for g in GENRES for artist in range(n_artists) for track in range(n_tracks)
-    ]
-    wanted += [("Hip-Hop", 0, n_tracks, "truncated"), ("Pop", 0, n_tracks, "empty")]
-    n_held_out = max(1, round(0.2 * n_artists))
-    splits = ["training"] * (n_artists - 2 * n_held_out) + ["validation"] * n_held_out + ["test"] * n_held_out
+    n_held_out = max(1, round(0.2 * config.artists_per_genre))
+    n_training = config.artists_per_genre - 2 * n_held_out
+    n_artists = {"training": n_training, "validation": n_held_out, "test": n_held_out}
+    wanted = []
+    for genre in GENRES:
+        numbers = ((s, n) for s in n_artists for n in _tracks_of_artists(n_artists[s], config, rng))
+        for artist, (split, n_tracks) in enumerate(numbers):
+            wanted += [(genre, artist, track, split, "") for track in range(n_tracks)]
+    for genre, damage in (("Hip-Hop", "truncated"), ("Pop", "empty")):
+        n_tracks = sum(track[:2] == (genre, 0) for track in wanted)
+        wanted.append((genre, 0, n_tracks, "training", damage))
     # Ids spread from 2 on over the folders 000 and 001, as FMA's have gaps.
     step = max(1998 // len(wanted), 1)
     planned = []
     for place, number in enumerate(rng.permutation(len(wanted))):
-        genre, artist, track, damage = wanted[number]
-        sample_rate = int(rng.choice(list(SAMPLE_RATES), p=list(SAMPLE_RATES.values())))
-        n_channels = 1 if rng.random() < MONO_SHARE else 2
-        kind = (splits[artist], sample_rate, n_channels, damage)
+        genre, artist, track, split, damage = wanted[number]
+        sample_rate, bit_rate = (
+            int(rng.choice(list(shares), p=list(shares.values()))) for shares in (SAMPLE_RATES, BIT_RATES)
+        )
+        kind = (split, sample_rate, bit_rate, 1 if rng.random() < MONO_SHARE else 2, damage)
         planned.append(PlannedTrack(2 + step * place, genre, artist, track, *kind))
     return planned
+
+
+def _tracks_of_artists(n_artists: int, config: MiniConfig, rng: np.random.Generator) -> list[int]:
+    """Draw how many tracks each artist of a split has, at least one; never the same number for all."""
+    shares = 0.5 ** np.arange(n_artists)
+    n_tracks = 1 + rng.multinomial((config.tracks_per_artist - 1) * n_artists, shares / shares.sum())
+    if n_tracks[0] == n_tracks[-1] > 1:
+        n_tracks[0] += 1
+        n_tracks[-1] -= 1
+    return n_tracks.tolist()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fma_nb.project import clip_path
-from fma_nb.raw.plan import DATASET, MiniConfig, PlannedTrack
+from fma_nb.raw.plan import MiniConfig, PlannedTrack
 from fma_nb.raw.score import GENRES
 
 GENRE_IDS = {
@@ -43,6 +43,7 @@ def genre_table(tracks: list[PlannedTrack]) -> pd.DataFrame:
 def track_table(tracks: list[PlannedTrack], config: MiniConfig) -> pd.DataFrame:
     """Return ``tracks.csv``: FMA's 52 columns under two levels of headers, indexed by ``track_id``."""
     rows = []
+    n_tracks = Counter((track.genre, track.artist) for track in tracks)
     for track in tracks:
         genre_index = list(GENRES).index(track.genre)
         artist_id = 1 + genre_index * config.artists_per_genre + track.artist
@@ -50,10 +51,10 @@ def track_table(tracks: list[PlannedTrack], config: MiniConfig) -> pd.DataFrame:
         rng = np.random.default_rng([config.seed, artist_id, track.track])
         artist = _artist_columns(artist_id, track.genre, artist_rng)
         columns = {
-            "album": _album_columns(artist_id, config, artist_rng),
+            "album": _album_columns(artist_id, n_tracks[track.genre, track.artist], artist_rng),
             "artist": artist,
             "set": {"split": track.split, "subset": "small"},
-            "track": _track_columns(track, config, artist["name"], rng),
+            "track": _track_columns(track, artist["name"], rng),
         }
         rows.append({(top, name): value for top, part in columns.items() for name, value in part.items()})
     table = pd.DataFrame(rows, index=pd.Index([track.track_id for track in tracks], name="track_id"))
@@ -68,7 +69,7 @@ def _artist_columns(artist_id: int, genre: str, rng: np.random.Generator) -> dic
     location, latitude, longitude = PLACES[rng.integers(len(PLACES))]
     bio = (
         f'<p>"{name}" is synthetic: no person, no band, only numbers drawn from a seed.</p>\n'
-        f"<p>Plays {genre}, in one timbre, on instruments that are a few lines of Python each.</p>"
+        f"<p>Plays {genre}. All instruments are computed.</p>"
     )
     return {
         "active_year_begin": f"{rng.integers(1995, 2015)}-01-01 00:00:00" if rng.random() < 0.4 else None,
@@ -83,7 +84,7 @@ def _artist_columns(artist_id: int, genre: str, rng: np.random.Generator) -> dic
     }  # fmt: skip
 
 
-def _album_columns(artist_id: int, config: MiniConfig, rng: np.random.Generator) -> dict[str, Any]:
+def _album_columns(artist_id: int, n_tracks: int, rng: np.random.Generator) -> dict[str, Any]:
     moment = _moment(artist_id, rng)
     return {
         "comments": rng.integers(3), "date_created": moment, "date_released": f"{moment[:10]} 00:00:00",
@@ -91,19 +92,16 @@ def _album_columns(artist_id: int, config: MiniConfig, rng: np.random.Generator)
         "information": "<p>A <em>synthetic</em> album.</p>" if rng.random() < 0.7 else None,
         "listens": rng.integers(200, 20_000), "producer": None, "tags": "['synthetic']",
         "title": f"{rng.choice(OPENINGS)} {rng.choice(NOUNS)} (synthetic)",
-        "tracks": config.tracks_per_artist, "type": "Album",
+        "tracks": n_tracks, "type": "Album",
     }  # fmt: skip
 
 
-def _track_columns(
-    track: PlannedTrack, config: MiniConfig, composer: str, rng: np.random.Generator
-) -> dict[str, Any]:
-    n_bytes = clip_path(DATASET, track.track_id).stat().st_size
+def _track_columns(track: PlannedTrack, composer: str, rng: np.random.Generator) -> dict[str, Any]:
     genres = f"[{GENRE_IDS[track.genre]}]"
     moment = _moment(track.track_id, rng)
     return {
-        "bit_rate": 128_000 if track.damage else int(8 * n_bytes / config.seconds),
-        "comments": 0, "composer": composer if rng.random() < 0.2 else None, "date_created": moment,
+        "bit_rate": track.bit_rate, "comments": 0,
+        "composer": composer if rng.random() < 0.2 else None, "date_created": moment,
         "date_recorded": f"{moment[:10]} 00:00:00" if rng.random() < 0.9 else None,
         "duration": int(rng.lognormal(5.4, 0.4)), "favorites": rng.integers(10),
         "genre_top": track.genre, "genres": genres, "genres_all": genres, "information": None,
