@@ -29,7 +29,7 @@ from fma_nb.audio import UnreadableClipError, load_windows
 from fma_nb.bulk.pack import load_pack
 from fma_nb.calibration import answers
 from fma_nb.commands.cli import main
-from fma_nb.commands.predict import Classifier, load_classifier, predict
+from fma_nb.commands.predict import Classifier, bar_chart, load_classifier, predict
 from fma_nb.dataset import SpectrogramDataset, make_loader
 from fma_nb.metadata import GENRES
 from fma_nb.model import build_model
@@ -83,6 +83,12 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> FmaNbError:
     assert printed.err.startswith("fma-nb: ")
     assert printed.err.count("\n") == 1
     return FmaNbError(printed.err.strip())
+
+
+def answers_in(lines: str) -> dict[str, Any]:
+    """Return what ``predict --json`` printed by file: probabilities, or the reason why there are none."""
+    found = [json.loads(line) for line in lines.splitlines()]
+    return {answer["file"]: answer.get("probabilities", answer.get("error")) for answer in found}
 
 
 # ----- the function -----
@@ -260,14 +266,16 @@ def test_every_window_is_resampled(tmp_path: Path, rate: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    rate = 16_000
-    path = write_wav(tmp_path / "a.wav", np.random.default_rng(0).uniform(-1, 1, 300 * rate), rate)
-    tracemalloc.start()
-    n_windows = sum(1 for _ in load_windows(path, seconds=10))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert n_windows == 30
-    assert peak < 8 * 10 * rate * 4  # of 30 windows, the space of eight
+    rate, peaks = 16_000, {}
+    for n_windows in (5, 30):
+        samples = np.random.default_rng(0).uniform(-1, 1, n_windows * 10 * rate)
+        path = write_wav(tmp_path / "a.wav", samples, rate)
+        tracemalloc.start()
+        assert sum(1 for _ in load_windows(path, seconds=10)) == n_windows
+        _, peaks[n_windows] = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peaks[30] < 1.05 * peaks[5]
+    assert peaks[30] < 10 * 10 * rate * 4  # of 30 windows, the space of ten
 
 
 # ----- files that cannot be used -----
@@ -339,11 +347,23 @@ def test_a_file_that_cannot_be_used_is_one_sentence(
         predict(path, shipped)
     assert_one_sentence(caught.value, path, reason)
 
-    assert main(["predict", str(path)]) == 2
-    assert_one_sentence(refusal(capsys), path, reason)
-    # Half a JSON document would be worse than none.
-    assert main(["predict", "--json", str(song), str(path)]) == 2
-    assert_one_sentence(refusal(capsys), path, reason)
+    if path.is_dir():  # the command takes a folder for the songs in it
+        assert main(["predict", str(path)]) == 2
+        assert_one_sentence(refusal(capsys), path, ".mp3")
+        return
+    # The files before it and after it have their answers, in both forms.
+    songs = [str(song), str(path), str(song)]
+    assert main(["predict", *songs]) == 2
+    printed = capsys.readouterr()
+    bars = bar_chart(predict(song, shipped))
+    assert printed.out == f"{song}\n{bars}\n{caught.value}\n{song}\n{bars}\n"
+    assert_one_sentence(FmaNbError(printed.err.strip()), "1 file(s)")
+    assert main(["predict", "--json", *songs]) == 2
+    printed = capsys.readouterr()
+    assert [json.loads(line)["file"] for line in printed.out.splitlines()] == songs
+    expected = {str(song): predict(song, shipped), str(path): str(caught.value)}
+    assert answers_in(printed.out) == expected
+    assert_one_sentence(FmaNbError(printed.err.strip()), "1 file(s)")
 
 
 # ----- the command -----
@@ -354,7 +374,7 @@ def test_json_holds_the_numbers_of_the_function(
 ) -> None:
     other = write_wav(tmp_path / 'a "quoted" näme.wav', music(9, RATE, 2, 2))
     assert main(["predict", "--json", str(song), str(other)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = answers_in(capsys.readouterr().out)
     assert list(found) == [str(song), str(other)]
     for path in (song, other):
         assert found[str(path)] == predict(path, shipped)
@@ -382,13 +402,17 @@ def test_bars_show_every_genre_and_the_most_likely_first(
             assert len(bar[3] or "") == round(30 * expected[bar[1]])
 
 
-def test_one_bad_song_of_several_is_named(
-    tmp_path: Path, song: Path, capsys: pytest.CaptureFixture[str]
+def test_a_folder_stands_for_the_songs_below_it(
+    tmp_path: Path, shipped: Classifier, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["predict", str(song), str(tmp_path / "none.mp3")]) == 2
-    printed = capsys.readouterr()
-    assert printed.out.startswith(f"{song}\n")
-    assert_one_sentence(FmaNbError(printed.err.strip()), tmp_path / "none.mp3")
+    (tmp_path / "album").mkdir()
+    songs = [
+        write_wav(tmp_path / name, music(i, RATE, 1, 2)) for i, name in enumerate(("album/b.wav", "c.WAV"))
+    ]
+    (tmp_path / "cover.png").write_bytes(b"no song")
+    (tmp_path / "._c.wav").write_bytes(b"resource fork")
+    assert main(["predict", "--json", str(tmp_path)]) == 0
+    assert answers_in(capsys.readouterr().out) == {str(song): predict(song, shipped) for song in songs}
 
 
 # ----- weights -----
@@ -537,7 +561,7 @@ def test_the_temperature_of_a_weights_file_is_used(
     save_checkpoint(path, load_checkpoint(SHIPPED_WEIGHTS) | {"temperature": 2.5})
     assert main(["predict", "--json", "--weights", str(path), str(song)]) == 0
     expected = predict(song, replace(shipped, temperature=2.5))
-    assert json.loads(capsys.readouterr().out) == {str(song): expected}
+    assert answers_in(capsys.readouterr().out) == {str(song): expected}
 
 
 def test_the_shipped_weights_are_small_and_complete() -> None:
@@ -649,7 +673,7 @@ def test_export_and_predict_as_commands(
     assert f"temperature {load_classifier(path).temperature:.3f}" in printed
     assert path.read_bytes() == exported.read_bytes()
     assert main(["predict", "--json", "--weights", str(path), str(song)]) == 0
-    found = json.loads(capsys.readouterr().out)[str(song)]
+    found = answers_in(capsys.readouterr().out)[str(song)]
     assert found == predict(song, load_classifier(exported))
     assert found != predict(song)
 

@@ -26,18 +26,12 @@ WAVETABLE_SIZE = 2048
 
 @dataclass(frozen=True)
 class Timbre:
-    """What an artist sounds like: factors on the settings of every instrument, and the recording.
+    """What an artist sounds like.
 
-    Attributes
-    ----------
-    brightness, ring, vibrato, drum_tuning
-        Factors on cutoffs, decay times, vibrato depth and the pitch of drums.
-    detune
-        Spread of an ensemble's voices in cents.
-    room_seconds
-        Reverberation time (to -60 dB) in s.
-    highest_hz, noise_db
-        Treble limit and background noise of the recording.
+    ``brightness``, ``ring``, ``vibrato`` and ``drum_tuning`` are factors on every instrument's cutoffs,
+    decay times, vibrato depth and drum pitch. ``detune`` is the spread of an ensemble's voices in cents,
+    ``room_seconds`` the reverberation time (to -60 dB), ``highest_hz`` and ``noise_db`` the treble limit
+    and background noise of the recording.
     """
 
     brightness: float
@@ -53,33 +47,29 @@ class Timbre:
 def draw_timbre(rng: np.random.Generator) -> Timbre:
     """Draw what an artist sounds like."""
     return Timbre(
-        brightness=2 ** rng.uniform(-0.5, 0.5),
-        ring=2 ** rng.uniform(-0.5, 0.5),
-        vibrato=rng.uniform(0.3, 1.6),
-        drum_tuning=2 ** rng.uniform(-0.25, 0.25),
-        detune=rng.uniform(4, 16),
-        room_seconds=rng.uniform(0.5, 2.2),
-        highest_hz=rng.uniform(9000, 17000),
-        noise_db=rng.uniform(-80, -64),
-    )
+        brightness=2 ** rng.uniform(-0.5, 0.5), ring=2 ** rng.uniform(-0.5, 0.5),
+        vibrato=rng.uniform(0.3, 1.6), drum_tuning=2 ** rng.uniform(-0.25, 0.25),
+        detune=rng.uniform(4, 16), room_seconds=rng.uniform(0.5, 2.2),
+        highest_hz=rng.uniform(9000, 17000), noise_db=rng.uniform(-80, -64),
+    )  # fmt: skip
 
 
-# An instrument turns (pitches in Hz, length in s, sample rate in Hz, timbre, rng) into samples.
-Instrument = Callable[[Hertz, float, int, Timbre, np.random.Generator], Samples]
+@dataclass(frozen=True)
+class Setting:
+    """What all notes of a line share: sample rate in Hz, the artist's timbre, the source of noise."""
+
+    sample_rate: int
+    timbre: Timbre
+    rng: np.random.Generator
+
+
+Instrument = Callable[[Hertz, float, Setting], Samples]  # pitches in Hz, length in s
 
 
 def plucked_string(
-    hertz: Hertz,
-    seconds: float,
-    sample_rate: int,
-    timbre: Timbre,
-    rng: np.random.Generator,
-    *,
-    ring: float,
-    damping: float,
-    softness: float,
-    drive: float = 0.0,
-) -> Samples:
+    hertz: Hertz, seconds: float, setting: Setting, *,
+    ring: float, damping: float, softness: float, drive: float = 0.0,
+) -> Samples:  # fmt: skip
     """Pluck or strike strings (Karplus and Strong), solved in the frequency domain.
 
     Each trip round the string averages neighbouring samples, which multiplies harmonic k of the N
@@ -87,14 +77,13 @@ def plucked_string(
     ``ring`` is the decay time (to -60 dB) in s, ``damping`` how much faster the treble decays,
     ``softness`` the slope of the pluck's spectrum, ``drive`` an overdriven amplifier.
     """
-    n_samples = int(seconds * sample_rate)
-    mix = np.zeros(n_samples)
+    sample_rate, timbre = setting.sample_rate, setting.timbre
+    mix = np.zeros(int(seconds * sample_rate))
     for frequency in hertz:
         period = fft.next_fast_len(int(sample_rate / frequency), real=True)
         harmonic = np.arange(period // 2 + 1)
-        pluck = (harmonic + 1) ** (-softness / timbre.brightness) * np.exp(
-            2j * np.pi * rng.random(harmonic.size)
-        )
+        phases = np.exp(2j * np.pi * setting.rng.random(harmonic.size))
+        pluck = (harmonic + 1) ** (-softness / timbre.brightness) * phases
         pluck[0] = 0
         log_gain = damping * np.log(np.maximum(np.cos(np.pi * harmonic / period), 1e-6))
         log_gain -= 6.9 / (ring * timbre.ring * frequency)
@@ -102,44 +91,35 @@ def plucked_string(
         decay = np.exp(trips * log_gain.astype(np.float32))
         periods = fft.irfft(pluck.astype(np.complex64) * decay, period, axis=1).ravel()
         # The period is a whole number of samples; reading it at another speed gives the exact pitch.
-        position = np.arange(n_samples) * (frequency * period / sample_rate)
+        position = np.arange(mix.size) * (frequency * period / sample_rate)
         mix += np.interp(position, np.arange(periods.size), periods)
-    return _overdrive(_fade(mix / np.abs(mix).max(), sample_rate, 0.001, 0.03), drive, sample_rate)
+    sound = _fade(mix / np.abs(mix).max(), sample_rate, 0.001, 0.03)
+    # Clipped softly, then dulled as by a guitar's loudspeaker.
+    return 0.5 * filter_band(np.tanh((1 + drive) * sound), "lowpass", 4500, sample_rate) if drive else sound
 
 
 def wave(
-    hertz: Hertz,
-    seconds: float,
-    sample_rate: int,
-    timbre: Timbre,
-    rng: np.random.Generator,
-    *,
-    tilt: float = 1.0,
-    cutoff_hz: float = 3000.0,
-    formants_hz: tuple[float, ...] = (),
-    voices: int = 1,
-    attack: float = 0.02,
-    release: float = 0.08,
-    decay: float | None = None,
-    vibrato: float = 0.0,
-    breath: float = 0.0,
-) -> Samples:
+    hertz: Hertz, seconds: float, setting: Setting, *,
+    tilt: float = 1.0, cutoff_hz: float = 3000.0, formants_hz: tuple[float, ...] = (), voices: int = 1,
+    attack: float = 0.02, release: float = 0.08, decay: float | None = None,
+    vibrato: float = 0.0, breath: float = 0.0,
+) -> Samples:  # fmt: skip
     """Play periodic waves: harmonics of amplitude ``1 / k**tilt`` through a low-pass or formants.
 
     ``voices`` detuned copies make an ensemble, ``decay`` (s) a struck tone of a steady one, ``vibrato``
     is in semitones, ``breath`` is the share of noise.
     """
-    n_samples = int(seconds * sample_rate)
-    time = np.arange(n_samples) / sample_rate
+    sample_rate, timbre, rng = setting.sample_rate, setting.timbre, setting.rng
+    time = np.arange(int(seconds * sample_rate)) / sample_rate
     wobble = vibrato * timbre.vibrato * np.sin(2 * np.pi * 5.2 * time) * np.minimum(3 * time, 1)
     periods = np.cumsum(2 ** (wobble / 12)) / sample_rate if vibrato else time
-    mix = breath * rng.standard_normal(n_samples, np.float32)
+    mix = breath * rng.standard_normal(time.size, np.float32)
     for frequency in hertz:
         table = _wavetable(frequency, sample_rate, tilt, cutoff_hz * timbre.brightness, formants_hz)
         for voice in range(voices):
             cents = timbre.detune * (voice - (voices - 1) / 2)
-            phase = (rng.random() + periods * (frequency * 2 ** (cents / 1200))) % 1
-            mix += table[(phase * WAVETABLE_SIZE).astype(np.int32)]
+            phase = rng.random() + periods * (frequency * 2 ** (cents / 1200))
+            mix += table[(phase * WAVETABLE_SIZE).astype(np.int32) % WAVETABLE_SIZE]
     mix *= np.float32(1 / (hertz.size * voices))
     if decay:
         mix *= np.exp(-time / (decay * timbre.ring), dtype=np.float32)
@@ -149,7 +129,7 @@ def wave(
 def _wavetable(
     frequency: float, sample_rate: int, tilt: float, cutoff_hz: float, formants_hz: tuple[float, ...]
 ) -> Samples:
-    """Return one period of a wave, free of aliases, at unit loudness [shape=(WAVETABLE_SIZE,)]."""
+    """Return one period of a wave without aliases [shape=(WAVETABLE_SIZE,)]; all have the same RMS."""
     n_harmonics = min(int(0.45 * sample_rate / frequency), WAVETABLE_SIZE // 2 - 1)
     harmonic = np.arange(1, n_harmonics + 1)
     hertz = harmonic * frequency
@@ -164,20 +144,13 @@ def _wavetable(
 
 
 def fm_tone(
-    hertz: Hertz,
-    seconds: float,
-    sample_rate: int,
-    timbre: Timbre,
-    rng: np.random.Generator,
-    *,
-    ratio: float,
-    index: float,
-    decay: float,
+    hertz: Hertz, seconds: float, setting: Setting, *, ratio: float, index: float, decay: float
 ) -> Samples:
-    """Strike bells, electric pianos and mallets (Chowning): a sine that bends a sine.
+    """Play bells, electric pianos and mallets (Chowning): a sine modulates the phase of a sine.
 
     ``ratio`` is modulator to carrier frequency, ``index`` the depth in rad, ``decay`` a time in s.
     """
+    sample_rate, timbre, rng = setting.sample_rate, setting.timbre, setting.rng
     time = np.arange(int(seconds * sample_rate), dtype=np.float32) / sample_rate
     depth = index * timbre.brightness * np.exp(-time / (0.4 * decay))
     mix = np.zeros_like(time)
@@ -188,14 +161,12 @@ def fm_tone(
     return _fade(mix, sample_rate, 0.002, 0.03)
 
 
-def noise_swell(
-    hertz: Hertz, seconds: float, sample_rate: int, timbre: Timbre, rng: np.random.Generator
-) -> Samples:
-    """Let noise from above a pitch swell to the end of the note, as before a drop."""
-    n_samples = int(seconds * sample_rate)
-    noise = rng.standard_normal(n_samples, np.float32)
-    band = filter_band(noise, "highpass", 3 * timbre.brightness * hertz[0], sample_rate)
-    return _fade(band * np.linspace(0, 0.7, n_samples, dtype=np.float32) ** 2, sample_rate, 0.01, 0.02)
+def noise_swell(hertz: Hertz, seconds: float, setting: Setting) -> Samples:
+    """Make noise above a pitch that grows louder to the end of the note."""
+    noise = setting.rng.standard_normal(int(seconds * setting.sample_rate), np.float32)
+    band = filter_band(noise, "highpass", 3 * setting.timbre.brightness * hertz[0], setting.sample_rate)
+    swell = np.linspace(0, 0.7, noise.size, dtype=np.float32) ** 2
+    return _fade(band * swell, setting.sample_rate, 0.01, 0.02)
 
 
 INSTRUMENTS: dict[str, Instrument] = {
@@ -235,36 +206,33 @@ class Drum:
     noise_decay: float
 
 
-# Kick, snare, closed hat, open hat, tom; of hand drums the low and high strokes, a shaker, slap and tap.
+# k: kick, s: snare, h: closed hat, o: open hat, t: tom. Hand drums: low, high, shaker, slap, tap.
+# fmt: off
 DRUM_KITS = {
     "drum machine": {
-        "k": Drum(50, 5.0, 0.25, 0.05, 3000, 0.01),
-        "s": Drum(185, 1.5, 0.05, 0.60, 1500, 0.12),
-        "h": Drum(0, 1.0, 0.01, 0.22, 8000, 0.03),
-        "o": Drum(0, 1.0, 0.01, 0.22, 7000, 0.18),
+        "k": Drum(50, 5.0, 0.25, 0.05, 3000, 0.01), "s": Drum(185, 1.5, 0.05, 0.60, 1500, 0.12),
+        "h": Drum(0, 1.0, 0.01, 0.22, 8000, 0.03), "o": Drum(0, 1.0, 0.01, 0.22, 7000, 0.18),
         "t": Drum(120, 2.0, 0.20, 0.05, 1000, 0.05),
     },
     "drum set": {
-        "k": Drum(62, 3.0, 0.14, 0.12, 1500, 0.02),
-        "s": Drum(210, 1.3, 0.09, 0.50, 900, 0.17),
-        "h": Drum(0, 1.0, 0.01, 0.20, 6500, 0.05),
-        "o": Drum(0, 1.0, 0.01, 0.35, 4000, 0.60),
+        "k": Drum(62, 3.0, 0.14, 0.12, 1500, 0.02), "s": Drum(210, 1.3, 0.09, 0.50, 900, 0.17),
+        "h": Drum(0, 1.0, 0.01, 0.20, 6500, 0.05), "o": Drum(0, 1.0, 0.01, 0.35, 4000, 0.60),
         "t": Drum(105, 1.6, 0.25, 0.10, 500, 0.06),
     },
     "hand drums": {
-        "k": Drum(85, 1.4, 0.22, 0.08, 700, 0.02),
-        "s": Drum(240, 1.3, 0.10, 0.25, 1800, 0.03),
-        "h": Drum(0, 1.0, 0.01, 0.15, 5000, 0.04),
-        "o": Drum(330, 1.1, 0.16, 0.06, 3000, 0.02),
+        "k": Drum(85, 1.4, 0.22, 0.08, 700, 0.02), "s": Drum(240, 1.3, 0.10, 0.25, 1800, 0.03),
+        "h": Drum(0, 1.0, 0.01, 0.15, 5000, 0.04), "o": Drum(330, 1.1, 0.16, 0.06, 3000, 0.02),
         "t": Drum(150, 1.5, 0.25, 0.05, 700, 0.03),
     },
 }
+# fmt: on
 
 
-def drum_hit(drum: Drum, sample_rate: int, timbre: Timbre, rng: np.random.Generator) -> Samples:
+def drum_hit(drum: Drum, setting: Setting) -> Samples:
     """Strike a drum once [shape=(n_samples,)]."""
+    sample_rate, timbre = setting.sample_rate, setting.timbre
     time = np.arange(int(5 * max(drum.decay, drum.noise_decay) * sample_rate)) / sample_rate
-    noise = rng.standard_normal(time.size, np.float32)
+    noise = setting.rng.standard_normal(time.size, np.float32)
     noise = filter_band(noise, "highpass", drum.noise_hz * min(timbre.brightness, 1.2), sample_rate)
     hit = drum.noise * noise * np.exp(-time / drum.noise_decay)
     if drum.hertz:
@@ -277,12 +245,11 @@ def filter_band(samples: Samples, kind: str, hertz: float, sample_rate: int) -> 
     """Apply a gentle ``lowpass`` or ``highpass`` (12 dB an octave) along the last axis."""
     cutoff = min(hertz, 0.45 * sample_rate)
     sections = signal.butter(2, cutoff, kind, fs=sample_rate, output="sos").astype(np.float32)
-    filtered: Samples = signal.sosfilt(sections, samples)
-    return filtered
+    return signal.sosfilt(sections, samples)
 
 
 def _fade(samples: npt.NDArray[np.floating], sample_rate: int, attack: float, release: float) -> Samples:
-    """Ramp the two ends of a note (s), so that it does not click."""
+    """Fade a note in and out, in s, so that it does not click."""
     faded = samples.astype(np.float32)
     n_in, n_out = (min(int(ramp * sample_rate), samples.size // 2) + 1 for ramp in (attack, release))
     faded[:n_in] *= np.linspace(0, 1, n_in, dtype=np.float32)
@@ -290,17 +257,9 @@ def _fade(samples: npt.NDArray[np.floating], sample_rate: int, attack: float, re
     return faded
 
 
-def _overdrive(samples: Samples, drive: float, sample_rate: int) -> Samples:
-    """Clip softly, then dull the result as a guitar speaker does."""
-    if not drive:
-        return samples
-    return 0.5 * filter_band(np.tanh((1 + drive) * samples), "lowpass", 4500, sample_rate)
-
-
 def reverb(samples: Samples, seconds: float, sample_rate: int, rng: np.random.Generator) -> Samples:
     """Convolve with decaying noise, a different one for each ear: a room [shape=(2, n_samples)]."""
     time = np.arange(int(seconds * sample_rate), dtype=np.float32) / sample_rate
     room = rng.standard_normal((2, time.size), np.float32) * np.exp(-6.9 * time / seconds)
     room = filter_band(room / np.linalg.norm(room, axis=1, keepdims=True), "lowpass", 5000, sample_rate)
-    wet: Samples = signal.oaconvolve(samples[None], room, axes=1)[:, : samples.size]
-    return wet
+    return signal.oaconvolve(samples[None], room, axes=1)[:, : samples.size]

@@ -1,14 +1,12 @@
-"""The embedded dataset: `fma_mini`, synthetic MP3s in FMA's own layout, so that no download is needed.
+"""The dataset `fma_mini`: synthetic MP3s in FMA's own layout, so that no download is needed.
 
-Before the first stage of the pipeline, in place of a download: the same folders, the same ``tracks.csv``
-with its 52 columns under three header rows, artists who never cross splits, some odd sample rates and
-mono files, one truncated and one empty MP3. Everything is drawn from a seed; no number measured on it
-says anything about FMA.
+It takes the place of a download: the same folders, the same ``tracks.csv`` with its 52 columns under three
+header rows, artists who never cross splits, some odd sample rates and mono files, one truncated and one
+empty MP3. Everything is drawn from a seed; no number measured on it says anything about FMA.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -16,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import filelock
-import pandas as pd
 
 from fma_nb.bulk.workers import run_locally
 from fma_nb.progress import Progress
@@ -25,7 +22,7 @@ from fma_nb.raw.mp3 import write_clip
 from fma_nb.raw.plan import DATASET, MiniConfig, PlannedTrack, plan_tracks
 from fma_nb.raw.tables import genre_table, track_table
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 
 def make_fma_mini(
@@ -42,7 +39,7 @@ def make_fma_mini(
     config
         What to make; the course's dataset by default.
     workers
-        Processes; all cores by default.
+        Number of processes, all cores by default.
     progress
         Whether to show a progress bar.
 
@@ -68,8 +65,10 @@ def make_fma_mini(
             missing = [track for track in tracks if not clip_path(DATASET, track.track_id).exists()]
             _write_clips(missing, config, workers or os.cpu_count() or 1, progress)
             if missing or not (metadata / "tracks.csv").exists():
-                _write_csv(genre_table(tracks), metadata / "genres.csv", index=False)
-                _write_csv(track_table(tracks, config), metadata / "tracks.csv", index=True)
+                tables = {"genres.csv": genre_table(tracks), "tracks.csv": track_table(tracks, config)}
+                for name, table in tables.items():
+                    with atomic_path(metadata / name) as temporary:
+                        table.to_csv(temporary, lineterminator="\n")
     except OSError as error:
         raise FmaNbError(
             f"{error.filename or metadata} cannot be written ({error.strerror}): "
@@ -97,18 +96,12 @@ def _start_over_if_changed(config: MiniConfig) -> None:
 def _write_clips(tracks: list[PlannedTrack], config: MiniConfig, workers: int, progress: bool) -> None:
     if not tracks:
         return
-    write = functools.partial(write_clip, config=config)
-    jobs = [(track,) for track in tracks]
-    with Progress(len(tracks), f"{DATASET} (synthetic)", "clip", visible=progress) as bar:
-        for (track,), reason in run_locally(write, jobs, min(workers, len(tracks))):
+    jobs = [(track, config) for track in tracks]
+    with Progress(len(jobs), f"{DATASET} (synthetic)", "clip", visible=progress) as bar:
+        for (track, _), reason in run_locally(write_clip, jobs, min(workers, len(jobs))):
             if reason is not None:
                 raise FmaNbError(
                     f"{clip_path(DATASET, track.track_id)} cannot be made ({reason}): run the same command "
                     "again, with fewer workers if memory is short."
                 )
             bar.update()
-
-
-def _write_csv(table: pd.DataFrame, path: Path, *, index: bool) -> None:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=index, lineterminator="\n")

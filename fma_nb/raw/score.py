@@ -1,11 +1,9 @@
 """Synthetic music in eight genres: what is played in `fma_mini`, by whom and when.
 
-Before the first stage of the pipeline: `fma_nb.raw.mini` writes what is made here as MP3 files. A genre is
-a table that reads like a score (`GENRES`), an artist a random draw of instruments and timbre, a track
-a random draw of tempo, key, chords, patterns and form. Genres come in pairs that share a band and differ
-in what happens over time: Folk and Instrumental, Pop and Electronic, Rock and Experimental.
-
-Nothing is sampled or copied. It is a caricature to learn from, not a model of these genres.
+A genre is a table of patterns (`GENRES`), an artist a random draw of instruments and timbre, a track a random
+draw of tempo, key, chords, patterns and form. Three pairs of genres share their instruments and differ in
+what happens over time: Folk and Instrumental, Pop and Electronic, Rock and Experimental. Nothing is sampled
+or copied. The genres are simplified to learn from; they are no model of real music.
 """
 
 from __future__ import annotations
@@ -17,37 +15,25 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from fma_nb.project import FmaNbError
-from fma_nb.raw.instruments import (
-    DRUM_KITS,
-    INSTRUMENTS,
-    Samples,
-    Timbre,
-    draw_timbre,
-    drum_hit,
-    filter_band,
-    reverb,
-)
+from fma_nb.raw import instruments
+from fma_nb.raw.instruments import Samples, Setting, Timbre, filter_band
 
+Levels = npt.NDArray[np.float64]  # how loud each bar is, 0 to 1 [shape=(n_bars + 1,)]
 STEPS_PER_BAR = 16
 PEAK = 0.65  # MP3 at a low bit rate overshoots, at the worst by 3 dB
 
 SCALES = {
-    "major": (0, 2, 4, 5, 7, 9, 11),
-    "mixolydian": (0, 2, 4, 5, 7, 9, 10),
-    "dorian": (0, 2, 3, 5, 7, 9, 10),
-    "minor": (0, 2, 3, 5, 7, 8, 10),
-    "hijaz": (0, 1, 4, 5, 7, 8, 10),
-    "octatonic": (0, 1, 3, 4, 6, 7, 9),
-}
+    "major": (0, 2, 4, 5, 7, 9, 11), "mixolydian": (0, 2, 4, 5, 7, 9, 10), "dorian": (0, 2, 3, 5, 7, 9, 10),
+    "minor": (0, 2, 3, 5, 7, 8, 10), "hijaz": (0, 1, 4, 5, 7, 8, 10), "octatonic": (0, 1, 3, 4, 6, 7, 9),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Player:
-    """A seat in a band: the instruments to choose from, the register, and the place in the mix.
+    """A part in a band: the instruments to choose from, the register, and the place in the mix.
 
-    ``pan`` goes from -1 (left) to 1 (right), ``reverb`` is the share sent into the room. With ``swell``
-    loudness and brightness glide from bar to bar instead of jumping.
+    ``pan`` goes from -1 (left) to 1 (right), ``reverb`` is the share of reverberation. With ``swell``
+    loudness and brightness change gradually from bar to bar.
     """
 
     instruments: tuple[str, ...]
@@ -65,8 +51,8 @@ class Line:
     A pattern has one character a step, 16 steps a bar, ``|`` between bars: a digit is the note that
     many scale steps above the chord's root, ``C`` the whole chord, ``P`` its bare fifth, ``?`` any
     note; ``.`` lets the last one ring, ``~`` stops it. A drum pattern names each drum before its steps.
-    A form has one digit a bar, from 0 (silent) to 9 (loud), and goes round and round. With
-    ``backwards`` each note is a tape played in reverse.
+    A form has one digit a bar, from 0 (silent) to 9 (loud), and repeats. With ``backwards`` the samples
+    of each note are reversed.
     """
 
     patterns: tuple[str, ...]
@@ -76,7 +62,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Genre:
-    """What the tracks of a genre have in common; each track draws from what is given here.
+    """What the tracks of a genre have in common; each track draws from it.
 
     ``tempo`` is in beats per minute, ``swing`` the delay of every second step as a share of a step,
     ``looseness`` the spread of the players' timing in s. Progressions list chord roots as scale steps,
@@ -121,12 +107,10 @@ STOMP = "k x.......x....... h ....x.......x..."
 
 # fmt: off
 GENRES: dict[str, Genre] = {
-    # Quiet and dark first, then everything climbs to the drop; after it, all at once, quiet again.
+    # From quiet and dark to loud and bright; then at once quiet again.
     "Electronic": Genre(
-        tempo=(96, 130), swing=(0.0, 0.1), looseness=0.004,
-        scales=("major", "mixolydian", "minor"),
-        progressions=("0 4 5 3", "5 3 0 4", "0 5 3 4"),
-        lines={
+        tempo=(96, 130), swing=(0.0, 0.1), looseness=0.004, scales=("major", "mixolydian", "minor"),
+        progressions=("0 4 5 3", "5 3 0 4", "0 5 3 4"), lines={
             "kit": Line((FOUR_ON_THE_FLOOR, STRAIGHT, SYNCOPATED), ("00009999", "13579999")),
             "bass": Line(("0.0.0.0.0.0.0.0.", "0..0..0.0..0..0."), ("00009999", "13579999")),
             "keys": Line(("0.2.4.7.2.4.7.9.", "0...2...4...7..."), ("23467777", "13577777")),
@@ -134,14 +118,11 @@ GENRES: dict[str, Genre] = {
             "lead": Line(("0...2...4...5... | 7.......9......~",
                           "0.2.4...4.5.7... | 7...9.........~."), ("45670000", "45679999")),
             "noise": Line(("0............... | ................",), ("13690000", "00000000")),
-        },
-    ),
-    # The band of Rock on a tape that runs backwards: chords swell and are cut off, nobody keeps time.
+    }),
+    # The instruments of Rock with every note reversed: chords grow and are cut off; timing is loose.
     "Experimental": Genre(
-        tempo=(90, 138), swing=(0.0, 0.3), looseness=0.06,
-        scales=("octatonic", "minor", "dorian"),
-        progressions=("0 6 5 6", "0 0 3 4", "0 2 6 3"),
-        lines={
+        tempo=(90, 138), swing=(0.0, 0.3), looseness=0.06, scales=("octatonic", "minor", "dorian"),
+        progressions=("0 6 5 6", "0 0 3 4", "0 2 6 3"), lines={
             "drummer": Line((STUMBLING, DRIVING, STRAIGHT), ("90999809", "99089990")),
             "amp": Line(("P.......P.......", "P...............", "P.....P...P....."),
                         ("99998999", "98998899"), backwards=True),
@@ -150,14 +131,11 @@ GENRES: dict[str, Genre] = {
             "bass": Line(("0.......0.......", "0...0.....0....."), ("90999809", "99089990"), backwards=True),
             "singer": Line(("?...?...?....... | ................", "?...?.?.?....... | ~..............."),
                            ("88888888", "08800880"), backwards=True),
-        },
-    ),
-    # A singer's breath: each phrase begins high and strong, sinks and fades, and then there is time.
+    }),
+    # Each phrase begins high and loud, falls and fades; then the melody rests.
     "Folk": Genre(
-        tempo=(68, 104), swing=(0.0, 0.12), looseness=0.012,
-        scales=("major", "minor", "dorian"),
-        progressions=("0 4 5 3", "0 3 0 4", "0 0 3 4", "0 5 3 4"),
-        lines={
+        tempo=(68, 104), swing=(0.0, 0.12), looseness=0.012, scales=("major", "minor", "dorian"),
+        progressions=("0 4 5 3", "0 3 0 4", "0 0 3 4", "0 5 3 4"), lines={
             "guitar": Line(("9.7.4.2.7.4.2.0.", "7.4.2.0.7.4.2.0.", "7...4...2...0...", "9.7.4.7.4.2.4.0."),
                            ("9753", "98765432")),
             "wind": Line(("9...7...5...4... | 2...1...0......~ | ................ | ................",
@@ -166,28 +144,22 @@ GENRES: dict[str, Genre] = {
             "pad": Line(("C...............",), ("9531", "97653210", "0000")),
             "bass": Line(("0.......0.......", "0.......4......."), ("8642", "0000")),
             "bells": Line(("9.......7.......", "9...7..........."), ("0000", "9531")),
-        },
-    ),
-    # Two bars that go round for ever; before they come back the drums leave a hole.
+    }),
+    # A loop of two bars; in many forms the drums are silent before it repeats.
     "Hip-Hop": Genre(
-        tempo=(78, 108), swing=(0.1, 0.35), looseness=0.008,
-        scales=("minor", "dorian", "hijaz"),
-        progressions=("0 5", "0 3", "0 0"),
-        lines={
+        tempo=(78, 108), swing=(0.1, 0.35), looseness=0.008, scales=("minor", "dorian", "hijaz"),
+        progressions=("0 5", "0 3", "0 0"), lines={
             "percussion": Line((SYNCOPATED, LAID_BACK, TRESILLO), ("9990", "99909990", "99999900")),
             "bass": Line(("0..0......0.2...", "0.......~.0...6."), ("9999", "99909999")),
             "lute": Line(("C.....C...~..... | ..C.......4.2...", "7.4.2.0.~....... | 7..4..2.0......."),
                          ("8888",)),
             "singer": Line(("~.0.00.0.0.2.0.~ | 0.0.0.00.0.~....", "0.0.2.0.~.00.0.2"),
                            ("0077", "7700", "00777700")),
-        },
-    ),
-    # The band of Folk on a long way up: lines rise, every bar is louder than the one before, then silence.
+    }),
+    # The instruments of Folk: lines rise and each bar is louder than the one before; then quiet again.
     "Instrumental": Genre(
-        tempo=(66, 102), swing=(0.0, 0.12), looseness=0.012,
-        scales=("major", "minor", "dorian"),
-        progressions=("0 4 5 3", "0 3 0 4", "0 0 3 4", "0 5 3 4"),
-        lines={
+        tempo=(66, 102), swing=(0.0, 0.12), looseness=0.012, scales=("major", "minor", "dorian"),
+        progressions=("0 4 5 3", "0 3 0 4", "0 0 3 4", "0 5 3 4"), lines={
             "guitar": Line(("0.2.4.7.2.4.7.9.", "0.2.4.7.0.2.4.7.", "0...2...4...7...", "0.4.2.4.7.4.7.9."),
                            ("3579", "23456789")),
             "wind": Line(("~............... | ................ | 0...1...2...4... | 5...7...9.......",
@@ -196,28 +168,22 @@ GENRES: dict[str, Genre] = {
             "pad": Line(("C...............",), ("1359", "01235679", "0000")),
             "bass": Line(("0.......0.......", "0.......4......."), ("2468", "0000")),
             "bells": Line(("7.......9.......", "7...9..........."), ("0000", "1359")),
-        },
-    ),
-    # Question and answer, left and right, over drums that never stop; few chords, winding lines.
+    }),
+    # Two melodies alternate, left and right, over steady drums; few chords.
     "International": Genre(
-        tempo=(82, 114), swing=(0.0, 0.3), looseness=0.01,
-        scales=("hijaz", "minor", "dorian"),
-        progressions=("0", "0 0 0 1", "0 0 6 0"),
-        lines={
+        tempo=(82, 114), swing=(0.0, 0.3), looseness=0.01, scales=("hijaz", "minor", "dorian"),
+        progressions=("0", "0 0 0 1", "0 0 6 0"), lines={
             "percussion": Line((LAID_BACK, TRESILLO, HALTING), ("9999", "98999899")),
             "bass": Line(("0.....0.0.....4.", "0..0......0.2..."), ("9999", "0000")),
             "lute": Line(("0.2.4.5.7.5.4.2. | ~...............", "0.2.4.5.4.2.1.2. | ~..............."),
                          ("8888",)),
             "singer": Line(("~............... | 7.5.4.2.1.2.4.7.", "~............... | 4.5.7.8.7.5.4.2."),
                            ("8888",)),
-        },
-    ),
-    # The chorus first and all at once, then a verse that calms down step by step: Electronic reversed.
+    }),
+    # Loud at once, then quieter and darker step by step: the form of Electronic reversed.
     "Pop": Genre(
-        tempo=(92, 126), swing=(0.0, 0.1), looseness=0.004,
-        scales=("major", "mixolydian", "minor"),
-        progressions=("0 4 5 3", "5 3 0 4", "0 5 3 4"),
-        lines={
+        tempo=(92, 126), swing=(0.0, 0.1), looseness=0.004, scales=("major", "mixolydian", "minor"),
+        progressions=("0 4 5 3", "5 3 0 4", "0 5 3 4"), lines={
             "kit": Line((FOUR_ON_THE_FLOOR, STRAIGHT, SYNCOPATED), ("99990000", "99997531")),
             "bass": Line(("0.0.0.0.0.0.0.0.", "0..0..0.0..0..0."), ("99990000", "99997531")),
             "keys": Line(("9.7.4.2.7.4.2.0.", "7...4...2...0..."), ("77776432", "77777531")),
@@ -225,14 +191,11 @@ GENRES: dict[str, Genre] = {
             "lead": Line(("9...7...5...4... | 2.......0......~",
                           "7.5.4...4.2.0... | 2...0.........~."), ("00007654", "99997654")),
             "noise": Line(("0............... | ................",), ("00009631", "00000000"), backwards=True),
-        },
-    ),
-    # A riff on overdriven guitars and a drummer who pushes; chords are struck, and ring.
+    }),
+    # Overdriven guitars repeat a riff over steady drums; chords are struck and ring.
     "Rock": Genre(
-        tempo=(96, 144), swing=(0.0, 0.1), looseness=0.006,
-        scales=("minor", "mixolydian", "dorian"),
-        progressions=("0 6 5 6", "0 0 3 4", "0 2 6 3"),
-        lines={
+        tempo=(96, 144), swing=(0.0, 0.1), looseness=0.006, scales=("minor", "mixolydian", "dorian"),
+        progressions=("0 6 5 6", "0 0 3 4", "0 2 6 3"), lines={
             "drummer": Line((STRAIGHT, DRIVING, SYNCOPATED), ("99999990", "99909999")),
             "amp": Line(("P.......P.......", "P...............", "P...P...P...P..."),
                         ("99999998", "99989999")),
@@ -241,15 +204,14 @@ GENRES: dict[str, Genre] = {
             "bass": Line(("0.0.0.0.0.0.0.0.", "0...0.0.0...0.0."), ("99999990", "99909999")),
             "singer": Line(("4...2...0....... | ................", "7...5.4.2....... | ~..............."),
                            ("88888888", "00008888")),
-        },
-    ),
+    }),
 }
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Song:
-    """The frame that all lines of one track share; a clip starts ``upbeat_seconds`` into its first bar."""
+    """What all lines of one track share; a clip starts ``upbeat_seconds`` into its first bar."""
 
     bar_seconds: float
     n_bars: int
@@ -264,7 +226,7 @@ class Song:
 
 
 def draw_song(genre: Genre, pace: float, seconds: float, rng: np.random.Generator) -> Song:
-    """Draw a track's frame; ``pace`` (0 to 1) is where its artist stands in the genre's tempo range."""
+    """Draw a track's tempo, key, chords and form; ``pace`` (0 to 1) is the artist's tempo."""
     slow, fast = genre.tempo
     bar_seconds = 240 / (slow + (fast - slow) * np.clip(pace + rng.normal(0, 0.15), 0, 1))
     progression = str(rng.choice(genre.progressions)).split()
@@ -272,7 +234,7 @@ def draw_song(genre: Genre, pace: float, seconds: float, rng: np.random.Generato
         bar_seconds=bar_seconds,
         n_bars=int(seconds / bar_seconds) + 2,
         upbeat_seconds=rng.uniform(0, bar_seconds),
-        # FMA's clips are cut from the middle of a track: a form begins anywhere in its round.
+        # FMA's clips are cut from the middle of a track: a form begins at any of its bars.
         first_bar=int(rng.integers(8)),
         form=int(rng.integers(12)),
         swing=rng.uniform(*genre.swing),
@@ -294,7 +256,7 @@ class Note:
     loudness: float
 
 
-def bar_levels(line: Line, song: Song) -> npt.NDArray[np.float64]:
+def bar_levels(line: Line, song: Song) -> Levels:
     """Return how loud a line is in each bar, 0 to 1 [shape=(n_bars + 1,)]."""
     form = line.forms[song.form % len(line.forms)]
     digits = [int(form[(song.first_bar + bar) % len(form)]) for bar in range(song.n_bars + 1)]
@@ -302,7 +264,7 @@ def bar_levels(line: Line, song: Song) -> npt.NDArray[np.float64]:
 
 
 def melodic_notes(
-    pattern: str, octave: int, levels: npt.NDArray[np.float64], song: Song, rng: np.random.Generator
+    pattern: str, octave: int, levels: Levels, song: Song, rng: np.random.Generator
 ) -> Iterator[Note]:
     """Play a pattern over the song's chords; a note lasts until the next character that is no dot."""
     bars = ["".join(bar.split()) for bar in pattern.split("|")]
@@ -322,9 +284,7 @@ def melodic_notes(
         yield Note(_onset(bar, step, song, rng), seconds, pitches, "", accent * levels[bar])
 
 
-def drum_notes(
-    pattern: str, levels: npt.NDArray[np.float64], song: Song, rng: np.random.Generator
-) -> Iterator[Note]:
+def drum_notes(pattern: str, levels: Levels, song: Song, rng: np.random.Generator) -> Iterator[Note]:
     """Play a drum pattern; ``X`` is an accent."""
     words = pattern.split()
     for bar in range(song.n_bars):
@@ -342,13 +302,10 @@ def _onset(bar: int, step: int, song: Song, rng: np.random.Generator) -> float:
 
 
 def _pitches(symbol: str, song: Song, root: int, octave: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Turn a pattern's character into MIDI pitches.
-
-    The notes of a chord are folded into the octave around the player's own middle, so that from chord
-    to chord each voice moves as little as it can: that is voice leading in one line.
-    """
+    """Turn a pattern's character into MIDI pitches."""
     middle = 12 * octave + 12
     if symbol == "C":
+        # Folded into one octave, so that each voice moves little from chord to chord.
         chord = [_scale_pitch(song, root + step) for step in (0, 2, 4)]
         return tuple(sorted((pitch - middle + 5) % 12 + middle - 5 for pitch in chord))
     steps = int(rng.integers(12)) if symbol == "?" else int(symbol.replace("P", "0"))
@@ -362,40 +319,16 @@ def _scale_pitch(song: Song, step: int) -> int:
 
 
 def synthesize_track(
-    genre: str,
-    artist: int,
-    track: int,
-    *,
-    seed: int = 0,
-    seconds: float = 30.0,
-    sample_rate: int = 44_100,
-) -> tuple[Samples, int]:
-    """Make one piece of music.
+    genre: str, artist: int, track: int, seed: int = 0, seconds: float = 30.0, sample_rate: int = 44_100
+) -> Samples:
+    """Make one piece of music: stereo samples between -0.65 and 0.65 [shape=(n_samples, 2)].
 
-    Parameters
-    ----------
-    genre
-        One of `GENRES`.
-    artist, track
-        Which artist of the genre and which track of the artist, from 0 on.
-    seed, seconds, sample_rate
-        Seed of the whole dataset, length in s, sample rate in Hz.
-
-    Returns
-    -------
-    samples [shape=(n_samples, 2)], sample_rate
-        Stereo samples between -0.65 and 0.65, and their rate in Hz.
-
-    Raises
-    ------
-    FmaNbError
-        When there is no such genre.
+    ``artist`` counts the artists of the genre, ``track`` the tracks of the artist, both from 0; ``seed`` is
+    that of the whole dataset.
     """
-    if genre not in GENRES:
-        raise FmaNbError(f"genre={genre!r} is unknown: choose one of {', '.join(GENRES)}.")
     key = [seed, list(GENRES).index(genre), artist]
     artist_rng, track_rng = np.random.default_rng(key), np.random.default_rng([*key, track])
-    timbre, pace = draw_timbre(artist_rng), artist_rng.random()
+    timbre, pace = instruments.draw_timbre(artist_rng), artist_rng.random()
     song = draw_song(GENRES[genre], pace, seconds, track_rng)
     mix = np.zeros((3, int(seconds * sample_rate)), np.float32)  # left, right, into the room
     for name, line in GENRES[genre].lines.items():
@@ -403,30 +336,24 @@ def synthesize_track(
         favourites = artist_rng.choice(player.instruments, 2)
         instrument = str(track_rng.choice(favourites))
         loudness = 10 ** ((player.level_db + artist_rng.normal(0, 2)) / 20)
-        played = render_line(line, player, instrument, song, timbre, mix.shape[1], sample_rate, track_rng)
+        # A noise source of its own, so that the same notes are drawn at every sample rate.
+        setting = Setting(sample_rate, timbre, track_rng.spawn(1)[0])
+        played = render_line(line, player, instrument, song, setting, mix.shape[1], track_rng)
         angle = np.pi / 4 * (1 + player.pan)
         for channel, share in enumerate((np.cos(angle), np.sin(angle), player.reverb)):
             mix[channel] += np.float32(loudness * share) * played
-    stereo = mix[:2] + reverb(mix[2], timbre.room_seconds, sample_rate, track_rng)
-    return np.ascontiguousarray(_master(stereo, timbre, sample_rate, track_rng).T), sample_rate
+    stereo = mix[:2] + instruments.reverb(mix[2], timbre.room_seconds, sample_rate, track_rng)
+    return np.ascontiguousarray(_master(stereo, timbre, sample_rate, track_rng).T)
 
 
 def render_line(
-    line: Line,
-    player: Player,
-    instrument: str,
-    song: Song,
-    timbre: Timbre,
-    n_samples: int,
-    sample_rate: int,
+    line: Line, player: Player, instrument: str, song: Song, setting: Setting, n_samples: int,
     rng: np.random.Generator,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """Play one line from beginning to end [shape=(n_samples,)]; equal notes are synthesized once."""
     levels = bar_levels(line, song)
-    # A stream of its own for noise: the same notes are drawn at every sample rate.
-    noise_rng = rng.spawn(1)[0]
     pattern = str(rng.choice(line.patterns))
-    if instrument in DRUM_KITS:
+    if instrument in instruments.DRUM_KITS:
         notes = drum_notes(pattern, levels, song, rng)
     else:
         notes = melodic_notes(pattern, player.octave, np.sign(levels) if player.swell else levels, song, rng)
@@ -435,23 +362,22 @@ def render_line(
     for note in notes:
         key = (note.drum, note.pitches, round(note.seconds, 3))
         if key not in sounds:
-            sound = _play(instrument, note, sample_rate, timbre, noise_rng)
-            sounds[key] = sound[::-1] if line.backwards else sound
-        start = int(note.onset * sample_rate)
+            sounds[key] = _play(instrument, note, setting)[:: -1 if line.backwards else 1]
+        start = int(note.onset * setting.sample_rate)
         heard = sounds[key][max(-start, 0) : max(n_samples - start, 0)]
         bus[max(start, 0) :][: heard.size] += np.float32(note.loudness) * heard
-    return _swell(bus, levels, song, sample_rate) if player.swell else bus
+    return _swell(bus, levels, song, setting.sample_rate) if player.swell else bus
 
 
-def _play(instrument: str, note: Note, sample_rate: int, timbre: Timbre, rng: np.random.Generator) -> Samples:
+def _play(instrument: str, note: Note, setting: Setting) -> Samples:
     if note.drum:
-        return drum_hit(DRUM_KITS[instrument][note.drum], sample_rate, timbre, rng)
+        return instruments.drum_hit(instruments.DRUM_KITS[instrument][note.drum], setting)
     hertz = 440 * 2 ** ((np.array(note.pitches) - 69) / 12)
-    return INSTRUMENTS[instrument](hertz, note.seconds, sample_rate, timbre, rng)
+    return instruments.INSTRUMENTS[instrument](hertz, note.seconds, setting)
 
 
-def _swell(bus: Samples, levels: npt.NDArray[np.float64], song: Song, sample_rate: int) -> Samples:
-    """Let loudness and brightness glide from bar to bar."""
+def _swell(bus: Samples, levels: Levels, song: Song, sample_rate: int) -> Samples:
+    """Change loudness and brightness gradually from bar to bar."""
     bars = (np.arange(bus.size) / sample_rate + song.upbeat_seconds) / song.bar_seconds
     envelope = np.interp(bars, np.arange(levels.size), levels).astype(np.float32)
     dark = filter_band(bus, "lowpass", 500, sample_rate)
@@ -459,7 +385,7 @@ def _swell(bus: Samples, levels: npt.NDArray[np.float64], song: Song, sample_rat
 
 
 def _master(stereo: Samples, timbre: Timbre, sample_rate: int, rng: np.random.Generator) -> Samples:
-    """Finish a mix: the artist's treble and background noise, peaks rounded off, headroom for MP3."""
+    """Finish a mix: the artist's treble limit, soft clipping, background noise, headroom for MP3."""
     mix = filter_band(stereo, "lowpass", timbre.highest_hz, sample_rate)
     mix *= np.float32(1 / max(np.quantile(np.abs(mix[:, ::16]), 0.9995), 1e-3))
     np.tanh(mix, out=mix)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fma_nb.project import clip_path
-from fma_nb.raw.plan import DATASET, MiniConfig, PlannedTrack
+from fma_nb.raw.plan import MiniConfig, PlannedTrack
 from fma_nb.raw.score import GENRES
 
 GENRE_IDS = {
-    "Electronic": 15,
-    "Experimental": 38,
-    "Folk": 17,
-    "Hip-Hop": 21,
-    "Instrumental": 1235,
-    "International": 2,
-    "Pop": 10,
-    "Rock": 12,
-}
+    "Electronic": 15, "Experimental": 38, "Folk": 17, "Hip-Hop": 21,
+    "Instrumental": 1235, "International": 2, "Pop": 10, "Rock": 12,
+}  # fmt: skip
 ADJECTIVES = (
     "Amber", "Brisk", "Crooked", "Distant", "Early", "Faded", "Gentle", "Hollow",
     "Idle", "Lucky", "Mellow", "Northern", "Paper", "Quiet", "Restless", "Silver",
@@ -36,7 +30,6 @@ PLACES = (
     ("Utrecht, Netherlands", 52.0907, 5.1214),
     (None, None, None),
 )
-LICENSE = "CC0 1.0 Universal"
 
 
 def genre_table(tracks: list[PlannedTrack]) -> pd.DataFrame:
@@ -44,22 +37,25 @@ def genre_table(tracks: list[PlannedTrack]) -> pd.DataFrame:
     counts = pd.Series([track.genre for track in tracks]).value_counts()
     rows = [(genre_id, counts[name], 0, name, genre_id) for name, genre_id in GENRE_IDS.items()]
     table = pd.DataFrame(rows, columns=["genre_id", "#tracks", "parent", "title", "top_level"])
-    return table.sort_values("genre_id")
+    return table.set_index("genre_id").sort_index()
 
 
 def track_table(tracks: list[PlannedTrack], config: MiniConfig) -> pd.DataFrame:
     """Return ``tracks.csv``: FMA's 52 columns under two levels of headers, indexed by ``track_id``."""
     rows = []
+    n_tracks = Counter((track.genre, track.artist) for track in tracks)
     for track in tracks:
         genre_index = list(GENRES).index(track.genre)
         artist_id = 1 + genre_index * config.artists_per_genre + track.artist
         artist_rng = np.random.default_rng([config.seed, artist_id])
         rng = np.random.default_rng([config.seed, artist_id, track.track])
         artist = _artist_columns(artist_id, track.genre, artist_rng)
-        album = _album_columns(artist_id, config, artist_rng)
-        columns = {"album": album, "artist": artist}
-        columns["set"] = {"split": track.split, "subset": "small"}
-        columns["track"] = _track_columns(track, config, artist["name"], rng)
+        columns = {
+            "album": _album_columns(artist_id, n_tracks[track.genre, track.artist], artist_rng),
+            "artist": artist,
+            "set": {"split": track.split, "subset": "small"},
+            "track": _track_columns(track, artist["name"], rng),
+        }
         rows.append({(top, name): value for top, part in columns.items() for name, value in part.items()})
     table = pd.DataFrame(rows, index=pd.Index([track.track_id for track in tracks], name="track_id"))
     table.columns = pd.MultiIndex.from_tuples(table.columns)
@@ -73,78 +69,48 @@ def _artist_columns(artist_id: int, genre: str, rng: np.random.Generator) -> dic
     location, latitude, longitude = PLACES[rng.integers(len(PLACES))]
     bio = (
         f'<p>"{name}" is synthetic: no person, no band, only numbers drawn from a seed.</p>\n'
-        f"<p>Plays {genre}, in one timbre, on instruments that are a few lines of Python each.</p>"
+        f"<p>Plays {genre}. All instruments are computed.</p>"
     )
     return {
         "active_year_begin": f"{rng.integers(1995, 2015)}-01-01 00:00:00" if rng.random() < 0.4 else None,
         "active_year_end": None,
         "associated_labels": "Seed & Sons, Random Draw" if rng.random() < 0.5 else None,
-        "bio": bio,
-        "comments": rng.integers(4),
-        "date_created": _moment(artist_id, rng),
-        "favorites": rng.integers(40),
-        "id": artist_id,
-        "latitude": latitude,
-        "location": location,
-        "longitude": longitude,
+        "bio": bio, "comments": rng.integers(4), "date_created": _moment(artist_id, rng),
+        "favorites": rng.integers(40), "id": artist_id,
+        "latitude": latitude, "location": location, "longitude": longitude,
         "members": f"The {name} Oscillator\nA Noise Generator" if rng.random() < 0.6 else None,
-        "name": name,
-        "related_projects": None,
-        "tags": f"['synthetic', '{name.lower()}']",
-        "website": None,
-        "wikipedia_page": None,
-    }
+        "name": name, "related_projects": None, "tags": f"['synthetic', '{name.lower()}']",
+        "website": None, "wikipedia_page": None,
+    }  # fmt: skip
 
 
-def _album_columns(artist_id: int, config: MiniConfig, rng: np.random.Generator) -> dict[str, Any]:
+def _album_columns(artist_id: int, n_tracks: int, rng: np.random.Generator) -> dict[str, Any]:
     moment = _moment(artist_id, rng)
     return {
-        "comments": rng.integers(3),
-        "date_created": moment,
-        "date_released": f"{moment[:10]} 00:00:00",
-        "engineer": None,
-        "favorites": rng.integers(20),
-        "id": artist_id,
+        "comments": rng.integers(3), "date_created": moment, "date_released": f"{moment[:10]} 00:00:00",
+        "engineer": None, "favorites": rng.integers(20), "id": artist_id,
         "information": "<p>A <em>synthetic</em> album.</p>" if rng.random() < 0.7 else None,
-        "listens": rng.integers(200, 20_000),
-        "producer": None,
-        "tags": "['synthetic']",
+        "listens": rng.integers(200, 20_000), "producer": None, "tags": "['synthetic']",
         "title": f"{rng.choice(OPENINGS)} {rng.choice(NOUNS)} (synthetic)",
-        "tracks": config.tracks_per_artist,
-        "type": "Album",
-    }
+        "tracks": n_tracks, "type": "Album",
+    }  # fmt: skip
 
 
-def _track_columns(
-    track: PlannedTrack, config: MiniConfig, composer: str, rng: np.random.Generator
-) -> dict[str, Any]:
-    n_bytes = clip_path(DATASET, track.track_id).stat().st_size
+def _track_columns(track: PlannedTrack, composer: str, rng: np.random.Generator) -> dict[str, Any]:
     genres = f"[{GENRE_IDS[track.genre]}]"
     moment = _moment(track.track_id, rng)
     return {
-        "bit_rate": 128_000 if track.damage else int(8 * n_bytes / config.seconds),
-        "comments": 0,
-        "composer": composer if rng.random() < 0.2 else None,
-        "date_created": moment,
+        "bit_rate": track.bit_rate, "comments": 0,
+        "composer": composer if rng.random() < 0.2 else None, "date_created": moment,
         "date_recorded": f"{moment[:10]} 00:00:00" if rng.random() < 0.9 else None,
-        "duration": int(rng.lognormal(5.4, 0.4)),
-        "favorites": rng.integers(10),
-        "genre_top": track.genre,
-        "genres": genres,
-        "genres_all": genres,
-        "information": None,
-        "interest": rng.integers(500, 8000),
-        "language_code": "en",
-        "license": LICENSE,
-        "listens": rng.integers(100, 5000),
-        "lyricist": None,
-        "number": track.track + 1,
-        "publisher": None,
-        "tags": "['synthetic']",
+        "duration": int(rng.lognormal(5.4, 0.4)), "favorites": rng.integers(10),
+        "genre_top": track.genre, "genres": genres, "genres_all": genres, "information": None,
+        "interest": rng.integers(500, 8000), "language_code": "en", "license": "CC0 1.0 Universal",
+        "listens": rng.integers(100, 5000), "lyricist": None, "number": track.track + 1,
+        "publisher": None, "tags": "['synthetic']",
         "title": f"{rng.choice(OPENINGS)} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}",
-    }
+    }  # fmt: skip
 
 
 def _moment(days: int, rng: np.random.Generator) -> str:
-    moment = pd.Timestamp("2008-11-26") + pd.Timedelta(days=days, seconds=int(rng.integers(86_400)))
-    return str(moment)
+    return str(pd.Timestamp("2008-11-26") + pd.Timedelta(days=days, seconds=int(rng.integers(86_400))))
