@@ -33,10 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fma_nb.augmentation import augment
 from fma_nb.bulk.pack import load_pack
+from fma_nb.bulk.workers import keep_freed_memory
 from fma_nb.dataset import SpectrogramDataset, make_loader
 from fma_nb.model import build_model
 from fma_nb.optimization import MovingAverage, make_optimizer
-from fma_nb.project import keep_freed_memory, spectrogram_dir
+from fma_nb.project import spectrogram_dir
 from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.training import autocast, make_deterministic, to_device
 

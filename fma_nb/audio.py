@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from fma_nb.decoding import ENDLESS, open_audio
-from fma_nb.decoding import Samples as Samples
-from fma_nb.decoding import UnreadableClipError as UnreadableClipError
+from fma_nb.codec.decoding import ENDLESS, open_audio
+from fma_nb.codec.decoding import Samples as Samples
+from fma_nb.codec.decoding import UnreadableClipError as UnreadableClipError
 
 CLIP_SECONDS = 30.0
 MIN_SECONDS = 5.0

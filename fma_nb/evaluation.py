@@ -25,37 +25,13 @@ from sklearn.metrics import accuracy_score, classification_report, f1_score
 from torch import nn
 
 from fma_nb.dataset import Pack, SpectrogramDataset, make_loader
-from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError
+from fma_nb.project import FmaNbError
 from fma_nb.training import predict_logits
 
 Floats = npt.NDArray[np.float64]
 Metrics = dict[str, Any]
 
 EVALUATION_SPLITS = ("val", "test")
-
-
-def chosen_split(dataset: str, evaluation_split: str) -> str:
-    """Return ``val`` or ``test``.
-
-    An empty choice means test for a synthetic dataset and val for a real one, whose test split is opened on
-    purpose or not at all.
-
-    Raises
-    ------
-    FmaNbError
-        When the choice is another one.
-    """
-    if evaluation_split not in ("", *EVALUATION_SPLITS):
-        raise FmaNbError(f"evaluation_split={evaluation_split!r} is unknown: choose val or test.")
-    return evaluation_split or ("test" if dataset in SYNTHETIC_DATASETS else "val")
-
-
-def evaluation_splits(pack: Pack, evaluation_split: str) -> tuple[str, ...]:
-    """Return the splits to evaluate on, or raise `FmaNbError` when one is unknown or empty."""
-    splits = ("val",) if chosen_split(pack.dataset, evaluation_split) == "val" else ("val", "test")
-    for split in splits:
-        pack.split(split)
-    return splits
 
 
 def evaluate_split(

@@ -8,7 +8,6 @@ the command line all see the same files.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import uuid
 from collections.abc import Iterator
@@ -18,9 +17,6 @@ DATASETS = ("fma_mini", "fma_small", "fma_medium", "fma_large")
 SYNTHETIC_DATASETS = ("fma_mini",)
 SPLITS = ("train", "val", "test")
 SHIPPED_WEIGHTS = Path(__file__).resolve().parent / "weights" / "crnn.pt"
-
-# Numbers of glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 class FmaNbError(Exception):
@@ -52,16 +48,6 @@ def outputs_dir() -> Path:
 def _folder_of(variable: str, default: str) -> Path:
     given = os.environ.get(variable)
     return Path(given).expanduser().absolute() if given else project_root() / default
-
-
-def fix_folders() -> None:
-    """Make the folders that the user has named mean the same in every process that this one starts.
-
-    A relative path means the folder where the command was typed; a notebook's kernel runs elsewhere.
-    """
-    for variable, folder in (("FMA_NB_DATA", data_dir()), ("FMA_NB_OUTPUTS", outputs_dir())):
-        if os.environ.get(variable):
-            os.environ[variable] = str(folder)
 
 
 def audio_dir(dataset: str) -> Path:
@@ -149,18 +135,6 @@ def _cannot_write(path: Path, error: OSError) -> FmaNbError:
         f"{path} cannot be written ({error.strerror}): make space or give write access, "
         "then run the same command again."
     )
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse the memory that it frees instead of returning it to the system (glibc only).
-
-    Every clip and every batch needs arrays of megabytes, and fetching their pages anew each time costs
-    a tenth of the time of a spectrogram and up to a third of a training step on the CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def clear_temporaries(folder: Path) -> None:

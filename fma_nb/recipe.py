@@ -6,8 +6,7 @@ them out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fma_nb.model import MODELS, POOLINGS
@@ -156,38 +155,3 @@ def default_recipe(model: str) -> Recipe:
         time_mask=0.15,
         ema=0.995,
     )
-
-
-def changed_recipe(recipe: Recipe, changes: Iterable[tuple[str, str]]) -> Recipe:
-    """Return a recipe with fields changed by name, their values given as text.
-
-    Raises
-    ------
-    FmaNbError
-        When there is no such field, or its value is of another type or out of range.
-    """
-    types = {field.name: type(field.default) for field in fields(Recipe)} | {"warmup": float}
-    given: dict[str, Any] = {}
-    for name, text in changes:
-        if name not in types:
-            raise FmaNbError(f"-p {name}: the recipe has no such field; it has {', '.join(sorted(types))}.")
-        given[name] = typed(name, text, types[name])
-    return replace(recipe, **given)
-
-
-def typed(name: str, text: str, kind: type) -> Any:
-    """Turn the text of ``-p NAME TEXT`` into a value of a type, or raise `FmaNbError`."""
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError) as error:
-        raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
-
-
-def seeds(recipe: Recipe, n_seeds: int) -> Iterator[Recipe]:
-    """Yield the recipe with ``n_seeds`` consecutive seeds."""
-    if n_seeds < 1:
-        raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
-    for i in range(n_seeds):
-        yield replace(recipe, seed=recipe.seed + i)

@@ -30,15 +30,7 @@ from nbclient import NotebookClient
 
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, project_root
-from fma_nb.raw.download import (
-    Archive,
-    RetryPolicy,
-    download,
-    extract,
-    fetch,
-    verify_checksums,
-    verify_sha1,
-)
+from fma_nb.raw.download import Archive, RetryPolicy, download, extract, fetch, verify_checksums, verify_sha1
 
 NAME = "fma_tiny"
 ZIP = f"{NAME}.zip"

@@ -37,7 +37,7 @@ from training_data import (  # noqa: F401
 from fma_nb.dataset import Pack, SpectrogramDataset, make_loader
 from fma_nb.evaluation import evaluate_split
 from fma_nb.project import FmaNbError, project_root
-from fma_nb.recipe import Recipe, seeds
+from fma_nb.recipe import Recipe
 from fma_nb.runs.checkpoint import (
     LOG_COLUMNS,
     RunFiles,
@@ -47,6 +47,7 @@ from fma_nb.runs.checkpoint import (
     read_log,
     run_files,
 )
+from fma_nb.runs.experiment import seeds
 from fma_nb.runs.fit import fit
 from fma_nb.training import evaluate
 

@@ -14,7 +14,8 @@ from training_data import BASELINE, data_fixture, pack_fixture, train, weights  
 from fma_nb.dataset import Pack
 from fma_nb.model import MODELS
 from fma_nb.project import FmaNbError
-from fma_nb.recipe import Recipe, seeds
+from fma_nb.recipe import Recipe
+from fma_nb.runs.experiment import seeds
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ FLAT = (
     *("optimization", "training", "evaluation", "calibration", "plots"),
 )
 ROOMS = ("bulk", "raw", "runs", "commands")
-ORDER = (*FLAT, *ROOMS, "__main__")
+ORDER = ("codec", *FLAT, *ROOMS, "__main__")
 PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "mpl_toolkits": "matplotlib"}  # where names differ
 NOT_IMPORTED = {
     "jupyterlab": "the notebooks are read and run in it",

@@ -15,7 +15,8 @@ from fma_nb.project import (
     DATASETS,
     SHIPPED_WEIGHTS,
     FmaNbError,
-    fix_folders,
+    data_dir,
+    outputs_dir,
     project_root,
     run_dir,
     spectrogram_dir,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; print bad input as one sentence and return a non-zero exit status."""
     options = _parser().parse_args(arguments)
-    fix_folders()
+    _fix_folders()
     _write_any_text()
     try:
         options.command(options)
@@ -46,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("fma-nb: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def _fix_folders() -> None:
+    """Make the folders that the user has named mean the same in every process that this one starts.
+
+    A relative path means the folder where the command was typed; a notebook's kernel runs elsewhere.
+    """
+    for variable, folder in (("FMA_NB_DATA", data_dir()), ("FMA_NB_OUTPUTS", outputs_dir())):
+        if os.environ.get(variable):
+            os.environ[variable] = str(folder)
 
 
 def _write_any_text() -> None:
@@ -201,7 +212,8 @@ def _add_ablate(commands: Commands) -> None:
 
 def _ablate(options: argparse.Namespace) -> None:
     from fma_nb.bulk.pack import load_pack
-    from fma_nb.recipe import changed_recipe, default_recipe
+    from fma_nb.commands.parameters import changed_recipe
+    from fma_nb.recipe import default_recipe
     from fma_nb.runs.ablation import ALL_ROWS, ablation_table, cross_validate, run_ablation
     from fma_nb.training import resolve_device
 

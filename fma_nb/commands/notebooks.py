@@ -20,8 +20,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from papermill.exceptions import PapermillExecutionError
 
 from fma_nb.bulk.pack import load_pack, scan_pngs
+from fma_nb.commands.parameters import typed
 from fma_nb.commands.report import write_report
-from fma_nb.evaluation import chosen_split, evaluation_splits
 from fma_nb.metadata import load_index
 from fma_nb.project import (
     SHIPPED_WEIGHTS,
@@ -35,8 +35,8 @@ from fma_nb.project import (
     spectrogram_dir,
 )
 from fma_nb.raw.mini import make_fma_mini
-from fma_nb.recipe import Recipe, typed
-from fma_nb.runs.experiment import versions
+from fma_nb.recipe import Recipe
+from fma_nb.runs.experiment import chosen_split, evaluation_splits, versions
 from fma_nb.spectrogram import get_preset
 from fma_nb.training import device_name, resolve_device
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,47 @@ import torch
 from torch import nn
 
 from fma_nb.dataset import Pack
-from fma_nb.evaluation import Metrics, evaluate_split, evaluation_splits
+from fma_nb.evaluation import EVALUATION_SPLITS, Metrics, evaluate_split
 from fma_nb.model import count_parameters
 from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, atomic_path, run_dir
-from fma_nb.recipe import Recipe, seeds
+from fma_nb.recipe import Recipe
 from fma_nb.runs.checkpoint import load_model, run_files
 from fma_nb.runs.fit import Fitted, fit
 from fma_nb.training import device_name
 
 METRICS_KEYS = ("model", "dataset", "preset", "genres", "fingerprint", "config", "labels", "seeds")
+
+
+def chosen_split(dataset: str, evaluation_split: str) -> str:
+    """Return ``val`` or ``test``.
+
+    An empty choice means test for a synthetic dataset and val for a real one, whose test split is opened on
+    purpose or not at all.
+
+    Raises
+    ------
+    FmaNbError
+        When the choice is another one.
+    """
+    if evaluation_split not in ("", *EVALUATION_SPLITS):
+        raise FmaNbError(f"evaluation_split={evaluation_split!r} is unknown: choose val or test.")
+    return evaluation_split or ("test" if dataset in SYNTHETIC_DATASETS else "val")
+
+
+def evaluation_splits(pack: Pack, evaluation_split: str) -> tuple[str, ...]:
+    """Return the splits to evaluate on, or raise `FmaNbError` when one is unknown or empty."""
+    splits = ("val",) if chosen_split(pack.dataset, evaluation_split) == "val" else ("val", "test")
+    for split in splits:
+        pack.split(split)
+    return splits
+
+
+def seeds(recipe: Recipe, n_seeds: int) -> Iterator[Recipe]:
+    """Yield the recipe with ``n_seeds`` consecutive seeds."""
+    if n_seeds < 1:
+        raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
+    for i in range(n_seeds):
+        yield replace(recipe, seed=recipe.seed + i)
 
 
 def train_and_evaluate(

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fma_nb.bulk.workers import keep_freed_memory
 from fma_nb.dataset import Batch, Pack, SpectrogramDataset, make_loader
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, keep_freed_memory
+from fma_nb.project import FmaNbError
 from fma_nb.recipe import Recipe
 from fma_nb.runs.checkpoint import (
     RunFiles,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
-from fma_nb import mpeg
+from fma_nb.codec import mpeg
 
 NOT_AUDIO = "not audio that libsndfile can decode"
 CONVERT = "convert it, for example with 'ffmpeg -i song.m4a song.wav'"
