@@ -52,8 +52,8 @@ MISTAKES = [
     Mistake(
         "tracks instead of artists dealt to the splits",
         "fma_nb/raw/plan.py",
-        "split=_split_of(artist, config.artists_per_genre)",
-        "split=_split_of(place % config.artists_per_genre, config.artists_per_genre)",
+        "kind = (split, sample_rate, bit_rate,",
+        "kind = (list(n_artists)[place % 3], sample_rate, bit_rate,",
         "tests/test_mini.py::test_artists_never_cross_splits",
     ),
     Mistake(
@@ -96,7 +96,7 @@ MISTAKES = [
         "truncated clips filled up with zeros",
         "fma_nb/audio.py",
         'raise UnreadableClipError(f"cut off ({decoded:.1f} s of {promised:.1f} s)")',
-        "stereo = np.pad(stereo, ((0, round((promised - decoded) * native_rate)), (0, 0)))",
+        "channels = np.pad(channels, ((0, round((promised - decoded) * rate)), (0, 0)))",
         "tests/test_audio.py::test_a_cut_mp3_is_refused_but_gives_what_is_left_of_it_when_asked",
     ),
     # ----- spectrogram -----

@@ -32,8 +32,9 @@ FLAT = (
     ),
     *("optimization", "training", "evaluation", "calibration", "plots"),
 )
-ROOMS = ("bulk", "raw", "runs", "commands")
-ORDER = ("codec", *FLAT, *ROOMS, "__main__")
+ROOMS = ("codec", "bulk", "raw", "runs", "commands")
+# The codec stands below the lessons: it imports nothing of the package. All other rooms stand above them.
+ORDER = ("codec", *FLAT, *ROOMS[1:], "__main__")
 PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "mpl_toolkits": "matplotlib"}  # where names differ
 NOT_IMPORTED = {
     "jupyterlab": "the notebooks are read and run in it",

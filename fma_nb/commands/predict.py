@@ -87,6 +87,8 @@ def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str,
         When the file cannot be decoded, is shorter than 1 s, or is silent.
     """
     classifier = classifier or load_classifier()
+    if Path(path).is_dir():
+        raise FmaNbError(f"{path} is a folder without audio files ({', '.join(sorted(AUDIO_ENDINGS))}).")
     try:
         windows = [
             _window_probabilities(batch, classifier) for batch in _image_batches(Path(path), classifier)
@@ -111,15 +113,16 @@ def _window_probabilities(images: Tensor, classifier: Classifier) -> Tensor:
 
 
 def audio_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the files as they are, and of each folder the audio files below it, ordered by name."""
+    """Yield the files as they are, and of each folder the audio files below it, ordered by name.
+
+    A folder without any is yielded itself, so that its reason is told.
+    """
     for path in paths:
         if not path.is_dir():
             yield path
             continue
         below = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in AUDIO_ENDINGS)
-        if not below:
-            raise FmaNbError(f"{path} holds no audio file: {', '.join(sorted(AUDIO_ENDINGS))}.")
-        yield from below
+        yield from below or [path]
 
 
 def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json: bool) -> int:
