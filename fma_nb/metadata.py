@@ -16,19 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from fma_nb.project import SPLITS, SYNTHETIC_DATASETS, FmaNbError, check_dataset, clip_path, metadata_dir
+from fma_nb.project import (
+    SPLITS,
+    SYNTHETIC_DATASETS,
+    FmaNbError,
+    audio_dir,
+    check_dataset,
+    clip_paths,
+    metadata_dir,
+)
 
 GENRES = ("Electronic", "Experimental", "Folk", "Hip-Hop", "Instrumental", "International", "Pop", "Rock")
 INDEX_COLUMNS = ["track_id", "split", "genre", "artist_id", "title", "path"]
 
 # FMA's wiki lists these clips of the small subset as cut short (the first three) or without audio.
 ERRATA = (98565, 98567, 98569, 99134, 108925, 133297)
-
-# Largest difference between the ids of two tracks that are taken for one artist's; see `artist_groups`.
-NEIGHBOUR_GAP = 3
+MISSING = "file missing"
 
 _SPLIT_NAMES = {"training": "train", "validation": "val", "test": "test"}
 _SUBSETS = {
@@ -37,13 +42,7 @@ _SUBSETS = {
     "fma_medium": ("small", "medium"),
     "fma_large": ("small", "medium", "large"),
 }
-_NEEDED_COLUMNS = (
-    ("set", "split"),
-    ("set", "subset"),
-    ("track", "genre_top"),
-    ("track", "title"),
-    ("artist", "id"),
-)
+_NEEDED_COLUMNS = ("set.split", "set.subset", "track.genre_top", "track.title", "artist.id")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def read_tracks(path: Path) -> pd.DataFrame:
         raise FmaNbError(_damaged(path, str(error).splitlines()[-1])) from error
     if not _ends_with_newline(path):
         raise FmaNbError(_damaged(path, "its last row is cut off"))
-    missing = [".".join(column) for column in _NEEDED_COLUMNS if column not in tracks.columns]
+    missing = [name for name in _NEEDED_COLUMNS if tuple(name.split(".")) not in tracks.columns]
     if missing:
         raise FmaNbError(_damaged(path, f"no column {', '.join(missing)} under two header rows"))
     _check_rows(tracks, path)
@@ -100,13 +99,12 @@ def _ends_with_newline(path: Path) -> bool:
 def _check_rows(tracks: pd.DataFrame, path: Path) -> None:
     if not pd.api.types.is_integer_dtype(tracks.index):
         raise FmaNbError(_damaged(path, "a track_id is not a whole number"))
-    if not pd.api.types.is_numeric_dtype(tracks["artist", "id"]):
+    artists = tracks["artist", "id"]
+    if not pd.api.types.is_numeric_dtype(artists) or np.isinf(artists).any():
         raise FmaNbError(_damaged(path, "an artist.id is not a number"))
-    if tracks.index.has_duplicates:
-        twice = tracks.index[tracks.index.duplicated()][0]
-        raise FmaNbError(_damaged(path, f"track {twice} stands in it twice"))
-    never_empty = tracks[[("set", "split"), ("set", "subset"), ("artist", "id")]]
-    cut = tracks.index[never_empty.isna().any(axis=1)]
+    if len(twice := tracks.index[tracks.index.duplicated()]):
+        raise FmaNbError(_damaged(path, f"track {twice[0]} stands in it twice"))
+    cut = tracks.index[tracks[[("set", "split"), ("set", "subset"), ("artist", "id")]].isna().any(axis=1)]
     if len(cut):
         raise FmaNbError(_damaged(path, f"the row of track {cut[0]} is cut off"))
 
@@ -130,8 +128,7 @@ def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
         When a split or genre has a name that FMA does not use, or no row belongs to the dataset.
     """
     check_dataset(dataset)
-    chosen = tracks[tracks["set", "subset"].isin(_SUBSETS[dataset])]
-    chosen = chosen[chosen["track", "genre_top"].notna()]
+    chosen = tracks[tracks["set", "subset"].isin(_SUBSETS[dataset]) & tracks["track", "genre_top"].notna()]
     if chosen.empty:
         raise FmaNbError(f"dataset={dataset}: its tracks.csv has no row of this subset with a genre.")
     rows = pd.DataFrame(
@@ -146,7 +143,7 @@ def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
     if rows["split"].isna().any():
         bad = chosen["set", "split"][rows["split"].isna().to_numpy()].iloc[0]
         raise FmaNbError(f"tracks.csv: set.split={bad!r} is none of training, validation, test.")
-    rows["path"] = [str(clip_path(dataset, track_id)) for track_id in rows["track_id"]]
+    rows["path"] = [str(path) for path in clip_paths(dataset, rows["track_id"])]
     return rows.sort_values("track_id", ignore_index=True)[INDEX_COLUMNS]
 
 
@@ -162,15 +159,18 @@ def check_index(rows: pd.DataFrame, dataset: str) -> None:
         unknown = sorted(set(rows["genre"]) - set(GENRES))
         if unknown:
             raise FmaNbError(f"{dataset}: genre {unknown[0]!r} is not one of {', '.join(GENRES)}.")
-    if rows["track_id"].duplicated().any():
-        twice = rows["track_id"][rows["track_id"].duplicated()].iloc[0]
-        raise FmaNbError(f"{dataset}: track {twice} stands in the index twice.")
-    counts = rows.groupby(["split", "genre"]).size().unstack(fill_value=0)
-    for split in SPLITS:
-        absent = [g for g in counts.columns if split not in counts.index or counts.loc[split, g] == 0]
-        if absent:
-            raise FmaNbError(f"{dataset}: split {split!r} has no track of genre {absent[0]!r}.")
+    twice = rows["track_id"][rows["track_id"].duplicated()].tolist()
+    if twice:
+        raise FmaNbError(f"{dataset}: track {twice[0]} stands in the index twice.")
+    _check_splits(rows, dataset)
     check_artists(rows)
+
+
+def _check_splits(rows: pd.DataFrame, dataset: str, note: str = "") -> None:
+    for split in SPLITS:
+        absent = sorted(set(rows["genre"]) - set(rows["genre"][rows["split"] == split]))
+        if absent:
+            raise FmaNbError(f"{dataset}: split {split!r} has no track of genre {absent[0]!r}{note}.")
 
 
 def check_artists(rows: pd.DataFrame) -> None:
@@ -198,34 +198,44 @@ def load_index(dataset: str) -> Index:
     """
     check_dataset(dataset)
     tracks_csv = metadata_dir(dataset) / "tracks.csv"
-    if not tracks_csv.exists():
+    if not tracks_csv.exists() and (dataset in SYNTHETIC_DATASETS or not audio_dir(dataset).is_dir()):
         raise FmaNbError(f"{tracks_csv} is missing: {how_to_get(dataset)}.")
     rows = dataset_rows(read_tracks(tracks_csv), dataset)
-    reasons = pd.Series(
-        [_drop_reason(int(row.track_id), Path(row.path)) for row in rows.itertuples()], dtype=object
-    )
-    kept = rows[reasons.isna()].reset_index(drop=True)
-    dropped = rows[reasons.notna()].assign(reason=reasons.dropna())[["track_id", "path", "reason"]]
+    check_index(rows, dataset)
+    rows["reason"] = [_drop_reason(row.track_id, Path(row.path)) for row in rows.itertuples()]
+    kept = rows[rows["reason"].isna()][INDEX_COLUMNS]
+    dropped = rows[rows["reason"].notna()][["track_id", "path", "reason"]]
     if kept.empty:
-        raise FmaNbError(f"{dataset}: none of its {len(rows)} MP3s is there: {how_to_get(dataset)}.")
-    check_index(kept, dataset)
-    return Index(kept, dropped.reset_index(drop=True))
+        raise FmaNbError(_none_there(dataset, len(rows)))
+    _check_splits(kept, dataset, f" ({len(kept):,} of {len(rows):,} clips are there): {how_to_get(dataset)}")
+    return Index(kept.reset_index(drop=True), dropped.reset_index(drop=True))
 
 
 def _drop_reason(track_id: int, path: Path) -> str | None:
     if track_id in ERRATA:
         return "on FMA's list of broken clips"
-    if not path.exists():
-        return "file missing"
-    return "file empty" if path.stat().st_size == 0 else None
+    try:
+        return None if path.stat().st_size else "file empty"
+    except PermissionError:
+        return "no permission to read it"
+    except OSError:  # also a link to nowhere
+        return MISSING
+
+
+def _none_there(dataset: str, n_clips: int) -> str:
+    folder = audio_dir(dataset)
+    found = ", ".join(sorted(path.name for path in folder.glob("[!.]*"))[:3]) or "nothing"
+    return (
+        f"{dataset}: none of its {n_clips} MP3s is there. In {folder}, where they belong as 000/000002.mp3, "
+        f"is {found}: move them there, or {how_to_get(dataset)}."
+    )
 
 
 def how_to_get(dataset: str) -> str:
     """Return the command that brings a dataset, to end an error message with."""
     if dataset in SYNTHETIC_DATASETS:
         return "make it with 'fma-nb mini'"
-    subset = dataset.removeprefix("fma_")
-    return f"get it with 'fma-nb download metadata {subset}'"
+    return f"get it with 'fma-nb download metadata {dataset.removeprefix('fma_')}'"
 
 
 def artists_known(dataset: str) -> bool:
@@ -234,23 +244,17 @@ def artists_known(dataset: str) -> bool:
 
 
 def artist_groups(dataset: str, track_ids: Sequence[int]) -> list[int]:
-    """Return the artist of each track, or a guess at it where the metadata is not at hand.
+    """Return the artist of each track; a track whose artist is not known is a group of its own.
 
     Tracks of one artist tend to be right or wrong together; intervals that ignore this are too narrow.
-    FMA numbers the tracks of an album one after another. So the guess is that neighbours by number share
-    the artist: of the first tracks of FMA-Small that follow each other within `NEIGHBOUR_GAP` 89 % do, and
-    89 % of those that do are found that way (58 tracks). Denser subsets were not checked, and an artist's
-    other albums are missed.
     """
+    own = [-1 - track_id for track_id in track_ids]  # negative: no artist's id
     if not artists_known(dataset):
-        return _runs_of_neighbours(np.asarray(track_ids))
+        return own
     artists = read_tracks(metadata_dir(dataset) / "tracks.csv")["artist", "id"]
-    return [int(artists.get(track_id, -track_id)) for track_id in track_ids]
-
-
-def _runs_of_neighbours(track_ids: npt.NDArray[np.int64]) -> list[int]:
-    """Return the first track id of the run of neighbours that each track belongs to."""
-    ordered = np.sort(track_ids)
-    starts = ordered[np.diff(ordered, prepend=-NEIGHBOUR_GAP - 1) > NEIGHBOUR_GAP]
-    runs: list[int] = starts[np.searchsorted(starts, track_ids, side="right") - 1].tolist()
-    return runs
+    groups = [int(artists.get(track_id, alone)) for track_id, alone in zip(track_ids, own, strict=True)]
+    if unknown := len(set(groups) & set(own)):
+        print(
+            f"{unknown:,} of {len(groups):,} tracks are not in {dataset}'s metadata: each is its own artist."
+        )
+    return groups

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import filelock
 
 DATASETS = ("fma_mini", "fma_small", "fma_medium", "fma_large")
 SYNTHETIC_DATASETS = ("fma_mini",)
@@ -51,8 +53,10 @@ def _folder_of(variable: str, default: str) -> Path:
 
 
 def audio_dir(dataset: str) -> Path:
-    """Return the folder of a dataset's MP3s, laid out as ``000/000002.mp3``."""
-    return data_dir() / "raw" / dataset
+    """Return the folder of a dataset's MP3s: ``raw/<dataset>``, or where else its archive was unpacked."""
+    if dataset in SYNTHETIC_DATASETS:
+        return data_dir() / "raw" / dataset
+    return _unpacked(dataset, "[0-9][0-9][0-9]/", "[0-9]*.mp3")
 
 
 def metadata_dir(dataset: str) -> Path:
@@ -60,8 +64,18 @@ def metadata_dir(dataset: str) -> Path:
 
     Synthetic rows live in a folder of their own, so that they never mix with FMA's.
     """
-    name = f"{dataset}_metadata" if dataset in SYNTHETIC_DATASETS else "fma_metadata"
-    return data_dir() / "raw" / name
+    if dataset in SYNTHETIC_DATASETS:
+        return data_dir() / "raw" / f"{dataset}_metadata"
+    return _unpacked("fma_metadata", "tracks.csv")
+
+
+def _unpacked(name: str, *contents: str) -> Path:
+    """Return where an archive's contents are: in ``raw/``, beside it, or in either one level too deep."""
+    home, beside = data_dir() / "raw" / name, data_dir() / name
+    for folder in (home, home / name, beside, beside / name):
+        if any(any(folder.glob(pattern)) for pattern in contents):
+            return folder
+    return home
 
 
 def spectrogram_dir(dataset: str, preset: str) -> Path:
@@ -81,9 +95,19 @@ def run_dir(run: str) -> Path:
 
 
 def clip_path(dataset: str, track_id: int) -> Path:
-    """Return the path of a clip's MP3 in FMA's layout: the first three of six digits name a folder."""
-    name = f"{track_id:06d}"
-    return audio_dir(dataset) / name[:3] / f"{name}.mp3"
+    """Return the path of a clip's MP3; see `clip_paths`."""
+    return clip_paths(dataset, [track_id])[0]
+
+
+def clip_paths(dataset: str, track_ids: Iterable[int]) -> list[Path]:
+    """Return the paths of clips' MP3s in FMA's layout: the first three of six digits name a folder.
+
+    A folder that holds MP3s and no such folders is flat. This is looked up once for all the tracks.
+    """
+    folder = audio_dir(dataset)
+    flat = any(folder.glob("[0-9]*.mp3")) and not any(folder.glob("[0-9][0-9][0-9]/"))
+    names = [f"{track_id:06d}" for track_id in track_ids]
+    return [folder / ("" if flat else name[:3]) / f"{name}.mp3" for name in names]
 
 
 def check_dataset(dataset: str) -> None:
@@ -128,6 +152,27 @@ def check_writable(folder: Path) -> None:
     with atomic_path(folder / ".writable") as temporary:
         temporary.touch()
     (folder / ".writable").unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep others from writing to it inside a ``with`` block; wait for those who do.
+
+    Raises
+    ------
+    FmaNbError
+        When the folder or its lock, perhaps another user's, cannot be written.
+    """
+    make_folder(folder)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise _cannot_write(folder / ".lock", error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _cannot_write(path: Path, error: OSError) -> FmaNbError:

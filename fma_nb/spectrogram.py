@@ -178,20 +178,32 @@ def to_decibels(grey: GreyImage) -> Decibels:
 
 
 def read_png(path: Path) -> GreyImage:
-    """Read a spectrogram PNG [shape=(n_mels, n_frames)].
+    """Read a spectrogram PNG [shape=(n_mels, n_frames)]; 16-bit grey and grey saved as colour are converted.
 
     Raises
     ------
     FmaNbError
-        When the file is not an 8-bit grey image.
+        When the file is not a picture in grey.
     """
     try:
         with Image.open(path) as image:
-            if image.mode != "L":
-                raise FmaNbError(f"{path} is a {image.mode} image, not 8-bit grey: remove the file.")
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+            grey, mode = _grey_levels(image), image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FmaNbError(f"{path} is not a readable PNG: remove it and make it again.") from error
+    if grey is None:
+        raise FmaNbError(f"{path} is not a picture in grey ({mode}): save it as 8-bit grey, or remove it.")
+    return grey
+
+
+def _grey_levels(image: Image.Image) -> GreyImage | None:
+    """Return an image as 8-bit grey levels, or ``None`` where that would lose a colour or transparency."""
+    if image.mode == "L":
+        return np.asarray(image)
+    if image.mode.startswith("I"):  # 16 bit
+        return np.rint(np.asarray(image) / 257).astype(np.uint8)
+    rgba = np.asarray(image.convert("RGBA"))
+    grey: GreyImage = rgba[..., 0]
+    return grey if (rgba == np.dstack([grey, grey, grey, np.full_like(grey, 255)])).all() else None
 
 
 def clip_to_grey(path: Path, preset: Preset) -> GreyImage:

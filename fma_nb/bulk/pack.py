@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -26,12 +26,13 @@ from fma_nb.project import (
     atomic_path,
     check_dataset,
     clear_temporaries,
-    make_folder,
+    locked,
     spectrogram_dir,
 )
-from fma_nb.spectrogram import get_preset, png_name, png_path, read_png
+from fma_nb.spectrogram import Preset, get_preset, png_name, png_path, read_png
 
 PACK_VERSION = 2
+FRAMES_OF_A_CLIP = 1292  # 30 s, all frames kept
 ROW_COLUMNS = ["track_id", "split", "genre", "n_frames", "size", "mtime_ns"]
 
 
@@ -50,17 +51,16 @@ def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val"
         stands in two places.
     """
     check_dataset(dataset)
-    get_preset(preset)
+    settings = get_preset(preset)
     folder = spectrogram_dir(dataset, preset)
     rows = scan_pngs(folder)
     _check_rows(rows, folder, dataset, preset, needed)
     pack_dir = folder / "pack"
-    make_folder(pack_dir)
-    with filelock.FileLock(pack_dir / ".lock"):
-        record = _read_record(pack_dir)
-        if record is None or record["state"] != _state_hash(rows):
-            _build(rows, folder, pack_dir)
-        return open_pack(dataset, preset)
+    if not _is_current(pack_dir, rows):  # what is complete may be somebody else's: it is not even locked
+        with locked(pack_dir):
+            if not _is_current(pack_dir, rows):
+                _build(rows, folder, pack_dir, settings)
+    return open_pack(dataset, preset)
 
 
 def scan_pngs(folder: Path) -> pd.DataFrame:
@@ -69,15 +69,15 @@ def scan_pngs(folder: Path) -> pd.DataFrame:
     Raises
     ------
     FmaNbError
-        When a PNG's name is not a track id.
+        When a PNG's name is not a track id, or it is a link to nowhere.
     """
     found: list[dict[str, Any]] = []
     for split in SPLITS:
-        for genre_dir in sorted((folder / split).glob("*/")):
+        for genre_dir in sorted((folder / split).glob("[!.]*/")):
             for png in sorted(genre_dir.glob("[!.]*.png")):
                 if not (png.stem.isdecimal() and png.name == png_name(int(png.stem))):
                     raise FmaNbError(f"{png}: a spectrogram is named after its track, as in 000002.png.")
-                status = png.stat()
+                status = _status(png)
                 found.append(
                     {
                         "track_id": int(png.stem),
@@ -90,13 +90,22 @@ def scan_pngs(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["track_id", "split", "genre", "size", "mtime_ns"])
 
 
+def _status(png: Path) -> os.stat_result:
+    try:
+        return png.stat()
+    except OSError as error:
+        cause = "is a link to a file that was not fetched" if png.is_symlink() else f"is {error.strerror}"
+        raise FmaNbError(f"{png} {cause}: get it (git annex get, dvc pull), or remove it.") from error
+
+
 def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str, needed: Sequence[str]) -> None:
     if rows.empty:
         command = f"fma-nb spectrograms --dataset {dataset} --preset {preset}"
         raise FmaNbError(f"{folder} holds no spectrograms: make them with '{command}'.")
-    if rows["track_id"].duplicated().any():
-        twice = rows["track_id"][rows["track_id"].duplicated()].iloc[0]
-        raise FmaNbError(f"{folder}: track {twice} has two PNGs: remove one of them.")
+    twice = rows[rows["track_id"].duplicated(keep=False)].sort_values("track_id", kind="stable")
+    if len(twice):
+        first, second = (png_path(folder, r.split, r.genre, r.track_id) for r in twice.head(2).itertuples())
+        raise FmaNbError(f"track {twice['track_id'].iloc[0]} has two PNGs, {first} and {second}: remove one.")
     for split in needed:
         if not (rows["split"] == split).any():
             raise FmaNbError(f"split {split!r} is empty: {folder / split} holds no PNG.")
@@ -110,29 +119,25 @@ def _state_hash(rows: pd.DataFrame) -> str:
     return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
 
 
-def _read_record(pack_dir: Path) -> dict[str, Any] | None:
-    """Return the record of a pack whose files are all there in full, else ``None``."""
+def _is_current(pack_dir: Path, rows: pd.DataFrame) -> bool:
+    """Tell whether a pack was made from these PNGs and its files are all there in full."""
     try:
-        record: dict[str, Any] = json.loads((pack_dir / "pack.json").read_text())
-        whole = record["version"] == PACK_VERSION and all(
+        record = json.loads((pack_dir / "pack.json").read_text())
+        known = record["version"] == PACK_VERSION and record["state"] == _state_hash(rows)
+        return known and all(
             (pack_dir / name).stat().st_size == size for name, size in record["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return record if whole else None
+        return False
 
 
-def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path) -> None:
+def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, preset: Preset) -> None:
     """Write the arrays and row tables, and last the record that makes them valid."""
     (pack_dir / "pack.json").unlink(missing_ok=True)
     clear_temporaries(pack_dir)
     pngs = [png_path(folder, row.split, row.genre, row.track_id) for row in rows.itertuples()]
-    heights, widths = zip(*map(_image_size, pngs), strict=True)
-    if min(widths) < MIN_FRAMES:
-        raise FmaNbError(f"{folder}: a PNG has fewer than {MIN_FRAMES} frames: remove it.")
-    if len(set(heights)) > 1:
-        raise FmaNbError(f"{folder}: its PNGs differ in height: keep those of one preset only.")
-    height, width = heights[0], max(widths)
+    widths = _checked_widths(pngs, preset)
+    height, width = preset.n_mels, max(widths)
     table = rows.assign(n_frames=widths, png=pngs)
     genres, splits = sorted(set(rows["genre"])), list(rows["split"].unique())
     digest = hashlib.sha256(json.dumps([genres, height, width]).encode())
@@ -157,6 +162,26 @@ def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path) -> None:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def _checked_widths(pngs: list[Path], preset: Preset) -> list[int]:
+    """Return the PNGs' widths after looking at their headers; tell of what is unusual and can be used."""
+    widths, converted = [], []
+    expected = preset.n_frames or FRAMES_OF_A_CLIP
+    for png in pngs:
+        height, width, mode = _header(png)
+        if height != preset.n_mels or not MIN_FRAMES <= width <= 2 * expected:
+            raise FmaNbError(
+                f"{png} has a height of {height} bands and {width} frames, preset {preset.name!r} has "
+                f"{preset.n_mels} and {expected}: make it anew, or remove it."
+            )
+        widths.append(width)
+        converted += [f"{png} is {mode}"] * (mode != "L")
+    if converted:
+        print(f"{len(converted)} of {len(pngs)} PNGs are not 8-bit grey and are converted ({converted[0]}).")
+    if 2 * max(widths) < expected:
+        print(f"The PNGs have at most {max(widths)} frames, preset {preset.name!r} has {expected}.")
+    return widths
+
+
 def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, int, int], digest: hashlib._Hash) -> None:
     """Write one split's array image by image, as a plain ``.npy`` file that a full disk cannot corrupt."""
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -169,12 +194,14 @@ def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, int, int], d
             file.write(pixels)
 
 
-def _image_size(png: Path) -> tuple[int, int]:
-    """Return an image's height and width from its header alone."""
+def _header(png: Path) -> tuple[int, int, str]:
+    """Return an image's height, width and mode from its header alone."""
     try:
         with Image.open(png) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError) as error:
+            return image.height, image.width, image.mode
+    except PermissionError as error:
+        raise FmaNbError(f"{png} cannot be read: you have no permission to read it.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FmaNbError(f"{png} is not a readable PNG: remove it and make it again.") from error
 
 

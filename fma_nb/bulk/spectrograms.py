@@ -7,6 +7,7 @@ clips that had to be skipped. A PNG that exists is done, so a killed run goes on
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pandas as pd
+import soundfile as sf
 
-from fma_nb.bulk.workers import run_locally, run_on_cluster
-from fma_nb.metadata import Index, load_index
+from fma_nb.bulk.workers import CRASHED, NO_MEMORY, run_locally, run_on_cluster
+from fma_nb.metadata import MISSING, Index, load_index
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, clear_temporaries, make_folder, spectrogram_dir
+from fma_nb.project import FmaNbError, atomic_path, check_writable, clear_temporaries, locked, spectrogram_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB, Preset, get_preset, make_spectrogram, png_path
 
 MAX_UNREADABLE = 0.05
@@ -39,7 +40,8 @@ def make_spectrograms(
     """Make the PNGs of a whole dataset that are not there yet, over all cores.
 
     A PNG that exists is done, so a killed run goes on where it was. A second run on the same folder
-    waits for the first.
+    waits for the first. Where all is done nothing is written: the folder may be somebody else's. Missing
+    MP3s are counted, and the work goes on with those that are there.
 
     Parameters
     ----------
@@ -60,23 +62,44 @@ def make_spectrograms(
     Raises
     ------
     FmaNbError
-        When the dataset is missing, the folder was made with other settings, or more than 5 % of the
-        clips are unreadable.
+        When the dataset is missing, a genre is missing in a split, the folder cannot be written or was
+        made with other settings, or more than 5 % of the MP3s are unreadable: the good PNGs stay.
     """
     preset = get_preset(preset_name)
     index = load_index(dataset)
     folder = spectrogram_dir(dataset, preset_name)
-    make_folder(folder)
-    with filelock.FileLock(folder / ".lock"):
-        clear_temporaries(folder)
-        _write_mel_json(folder, preset)
-        known = _known_skips(folder, index)
-        jobs = {job: track_id for job, track_id in _missing(index, folder) if track_id not in known}
-        found = {jobs[job]: why for job, why in _failures(list(jobs), preset, workers, scheduler, progress)}
-        clear_temporaries(folder)  # of workers that were killed meanwhile
-        skipped = _write_skipped(folder, index, known | found)
-    _check_unreadable(skipped, len(index.tracks) + len(index.dropped))
+    if progress:
+        _tell_missing(index)
+    _check_mel_json(folder, preset)
+    jobs, reasons = _to_do(index, folder)
+    if jobs:
+        with locked(folder):
+            jobs, reasons = _to_do(index, folder)  # another run may have done them meanwhile
+            for place in {folder, *(png.parent for _, png in jobs)}:
+                check_writable(place)
+            clear_temporaries(folder)
+            _write_mel_json(folder, preset)
+            for job, reason in _failures(list(jobs), preset, workers, scheduler, progress):
+                reasons[jobs[job]] = reason
+            clear_temporaries(folder)  # of workers that were killed meanwhile
+            _write_skipped(folder, index, reasons)
+    found = _with_reasons(index, reasons)
+    skipped = pd.concat([index.dropped, found], ignore_index=True).sort_values("track_id")
+    _check_unreadable(skipped, len(index.tracks) + len(index.dropped), folder)
     return skipped
+
+
+def _tell_missing(index: Index) -> None:
+    total, missing = len(index.tracks) + len(index.dropped), (index.dropped["reason"] == MISSING).sum()
+    if missing:
+        print(f"{total - missing:,} of {total:,} MP3s are there.", flush=True)
+
+
+def _to_do(index: Index, folder: Path) -> tuple[dict[Job, int], dict[int, str]]:
+    """Return the clips to make, and those to skip with the reason: an earlier run could not read them."""
+    known = _known_skips(folder, index)
+    jobs = {job: track_id for job, track_id in _missing(index, folder) if track_id not in known}
+    return jobs, known
 
 
 def _missing(index: Index, folder: Path) -> Iterator[tuple[Job, int]]:
@@ -104,9 +127,8 @@ def _failures(
                 yield job, reason
 
 
-def _write_mel_json(folder: Path, preset: Preset) -> None:
-    path = folder / "mel.json"
-    settings = asdict(preset) | {
+def _settings(preset: Preset) -> dict[str, Any]:
+    return asdict(preset) | {
         "mel_scale": "slaney",
         "norm": "slaney",
         "power": 2.0,
@@ -114,15 +136,21 @@ def _write_mel_json(folder: Path, preset: Preset) -> None:
         "reference": "maximum of the clip",
         "highest_band": "top row",
     }
-    if path.exists():
-        if _read_json(path) != settings:
-            raise FmaNbError(
-                f"{path} is damaged or tells of other settings than preset {preset.name!r}: "
-                "move that folder away and run the same command again."
-            )
-        return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _check_mel_json(folder: Path, preset: Preset) -> None:
+    path = folder / "mel.json"
+    if path.exists() and _read_json(path) != _settings(preset):
+        raise FmaNbError(
+            f"{path} is damaged or tells of other settings than preset {preset.name!r}: "
+            "move that folder away and run the same command again."
+        )
+
+
+def _write_mel_json(folder: Path, preset: Preset) -> None:
+    if not (folder / "mel.json").exists():
+        with atomic_path(folder / "mel.json") as temporary:
+            temporary.write_text(json.dumps(_settings(preset), indent=2) + "\n")
 
 
 def _read_json(path: Path) -> Any:
@@ -133,42 +161,50 @@ def _read_json(path: Path) -> Any:
 
 
 def _known_skips(folder: Path, index: Index) -> dict[int, str]:
-    """Return the clips an earlier run skipped and whose files have not changed since."""
+    """Return the clips an earlier run skipped and whose files hold the same bytes as then."""
     paths = dict(zip(index.tracks["track_id"], index.tracks["path"], strict=True))
     try:
         rows = pd.read_csv(folder / "skipped.csv")
         return {
             int(row.track_id): str(row.reason)
             for row in rows.itertuples()
-            if row.track_id in paths and _file_state(Path(paths[row.track_id])) == row.file_state
+            if row.track_id in paths and _content(Path(paths[row.track_id]), row.reason) == row.content
         }
     except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError, AttributeError):
         return {}  # nothing known: the clips are simply tried again
 
 
-def _file_state(path: Path) -> str:
+def _content(path: Path, reason: str) -> str:
+    """Return what a clip was judged by: its bytes and the decoder; nothing where the machine was at fault."""
+    if reason in (CRASHED, NO_MEMORY):
+        return ""
     try:
-        status = path.stat()
+        with path.open("rb") as file:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}/{sf.__libsndfile_version__}"
     except OSError:
-        return "missing"
-    return f"{status.st_size}/{status.st_mtime_ns}"
+        return ""
 
 
-def _write_skipped(folder: Path, index: Index, reasons: dict[int, str]) -> pd.DataFrame:
+def _with_reasons(index: Index, reasons: dict[int, str]) -> pd.DataFrame:
     found = index.tracks[index.tracks["track_id"].isin(reasons)][["track_id", "path"]]
-    found = found.assign(reason=found["track_id"].map(reasons))
+    return found.assign(reason=found["track_id"].map(reasons))
+
+
+def _write_skipped(folder: Path, index: Index, reasons: dict[int, str]) -> None:
+    found = _with_reasons(index, reasons)
+    contents = [_content(Path(row.path), row.reason) for row in found.itertuples()]
     with atomic_path(folder / "skipped.csv") as temporary:
-        states = [_file_state(Path(path)) for path in found["path"]]
-        found.assign(file_state=states).to_csv(temporary, index=False)
-    return pd.concat([index.dropped, found], ignore_index=True).sort_values("track_id")
+        found.assign(content=contents).to_csv(temporary, index=False)
 
 
-def _check_unreadable(skipped: pd.DataFrame, n_clips: int) -> None:
-    unreadable = skipped[~skipped["reason"].str.startswith("on FMA's list")]
+def _check_unreadable(skipped: pd.DataFrame, n_clips: int, folder: Path) -> None:
+    unread = skipped["reason"].str.startswith(("on FMA's list", MISSING))
+    unreadable, n_clips = skipped[~unread], n_clips - unread.sum()
     if len(unreadable) > MAX_UNREADABLE * n_clips:
         listed = "".join(f"\n  {row.path}: {row.reason}" for row in unreadable.head(20).itertuples())
         more = f"\n  and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
         raise FmaNbError(
             f"{len(unreadable)} of {n_clips} clips cannot be read, more than "
-            f"{MAX_UNREADABLE:.0%}: get these files again and rerun.{listed}{more}"
+            f"{MAX_UNREADABLE:.0%}: get these files again and rerun. A file that has changed is tried again; "
+            f"delete {folder / 'skipped.csv'} to try all of them.{listed}{more}"
         )

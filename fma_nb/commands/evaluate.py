@@ -50,12 +50,14 @@ def _evaluation_text(results: Sequence[dict[str, Any]], pack: Pack, split: str) 
     correct = pd.DataFrame(np.array(predicted) == labels, columns=clips.track_ids).astype(float)
     interval = bootstrap_accuracy(correct, artist_groups(pack.dataset, clips.track_ids.tolist()))
     recall = correct.T.groupby(labels).mean().mean(axis=1)
-    groups = "artists" if artists_known(pack.dataset) else "neighbouring tracks"
+    known = artists_known(pack.dataset)
+    groups = "artists" if known else "clips"
     drawn = f"{groups} and seeds" if len(results) > 1 else f"{groups}, of this one network"
+    hint = "" if known else "; for artists get the metadata with 'fma-nb download metadata'"
     lines = [
         f"{len(clips)} {'synthetic ' * (pack.dataset in SYNTHETIC_DATASETS)}clips, {len(results)} seed(s)",
         f"accuracy  {interval.value:.4f}",
-        f"95 % interval  {interval.low:.4f} to {interval.high:.4f}, over {drawn}",
+        f"95 % interval  {interval.low:.4f} to {interval.high:.4f}, over {drawn}{hint}",
         f"macro-F1  {np.mean([result['macro_f1'] for result in results]):.4f}",
         "recall by genre:",
     ]

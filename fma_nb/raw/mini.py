@@ -58,6 +58,8 @@ def make_fma_mini(
     config = config or MiniConfig()
     tracks = plan_tracks(config)
     metadata = metadata_dir(DATASET)
+    if _is_complete(config, tracks):  # perhaps in a folder that only its owner may write
+        return audio_dir(DATASET)
     try:
         metadata.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(metadata / ".lock"):
@@ -77,18 +79,30 @@ def make_fma_mini(
     return audio_dir(DATASET)
 
 
+def _is_complete(config: MiniConfig, tracks: list[PlannedTrack]) -> bool:
+    files = [metadata_dir(DATASET) / "tracks.csv", *(clip_path(DATASET, track.track_id) for track in tracks)]
+    return _is_unchanged(config) and all(path.exists() for path in files)
+
+
+def _record_text(config: MiniConfig) -> str:
+    settings = {"generator_version": GENERATOR_VERSION, "synthetic": True, **asdict(config)}
+    return json.dumps(settings, indent=2) + "\n"
+
+
+def _is_unchanged(config: MiniConfig) -> bool:
+    record = metadata_dir(DATASET) / "mini.json"
+    return record.exists() and record.read_text(encoding="utf-8") == _record_text(config)
+
+
 def _start_over_if_changed(config: MiniConfig) -> None:
     """Remove what another configuration, another version or a killed writer has left behind."""
-    record = metadata_dir(DATASET) / "mini.json"
-    settings = {"generator_version": GENERATOR_VERSION, "synthetic": True, **asdict(config)}
-    text = json.dumps(settings, indent=2) + "\n"
-    if not record.exists() or record.read_text(encoding="utf-8") != text:
+    if not _is_unchanged(config):
         (metadata_dir(DATASET) / "tracks.csv").unlink(missing_ok=True)
         for folder in (audio_dir(DATASET), *(data_dir() / "spectrograms").glob(f"{DATASET}-*")):
             if folder.exists():
                 shutil.rmtree(folder)
-        with atomic_path(record) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        with atomic_path(metadata_dir(DATASET) / "mini.json") as temporary:
+            temporary.write_text(_record_text(config), encoding="utf-8")
     for leftover in audio_dir(DATASET).glob("*/.*.tmp"):
         leftover.unlink()
 
