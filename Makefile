@@ -34,6 +34,9 @@ LAB_SETTINGS = {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"
 
 lab: $(READY) ## JupyterLab; its start page leads to the notebooks
 	@mkdir -p $(VENV)/lab && echo '$(LAB_SETTINGS)' > $(VENV)/lab/overrides.json
+	@# The kernels run in notebooks/: a relative folder means the one where make was typed.
+	FMA_NB_DATA="$$($(BIN)/python -c 'from fma_nb.project import data_dir; print(data_dir())')" \
+	FMA_NB_OUTPUTS="$$($(BIN)/python -c 'from fma_nb.project import outputs_dir; print(outputs_dir())')" \
 	$(BIN)/jupyter lab --LabApp.app_settings_dir="$(CURDIR)/$(VENV)/lab" --LabApp.default_url=/lab/tree/README.md
 
 data: $(READY) ## download FMA's metadata and FMA-Small (7.2 GiB), resumable, verified

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 import seaborn as sns
 import soundfile as sf
+from IPython import get_ipython
 from IPython.display import HTML, Audio
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -43,7 +44,13 @@ CLIP_WIDTH, MIN_WIDTH, GAP = 1.6, 1.0, 0.3  # of a network diagram, in heights o
 
 
 def use_style() -> None:
-    """Set the course's style: readable at the size it is shown, no frame, light grid. All notebooks."""
+    """Set the course's style: readable at the size it is shown, no frame, light grid. All notebooks.
+
+    In a notebook whose shell has set ``MPLBACKEND=Agg``, figures would never be shown: they are shown.
+    """
+    shell = get_ipython()
+    if hasattr(shell, "kernel") and plt.get_backend().lower() == "agg":
+        shell.run_line_magic("matplotlib", "inline")
     plt.rc("figure", figsize=(8, 3.5), dpi=80)
     plt.rc("figure.constrained_layout", use=True)
     plt.rc("savefig", dpi=80)
