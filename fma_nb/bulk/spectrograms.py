@@ -170,7 +170,7 @@ def _known_skips(folder: Path, index: Index) -> dict[int, str]:
             for row in rows.itertuples()
             if row.track_id in paths and _content(Path(paths[row.track_id]), row.reason) == row.content
         }
-    except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError, AttributeError):
+    except (OSError, pd.errors.EmptyDataError, pd.errors.ParserError, AttributeError):
         return {}  # nothing known: the clips are simply tried again
 
 
