@@ -132,7 +132,7 @@ def write_png_tree(
     folder: Path,
     counts: Mapping[str, int],
     genres: Sequence[str] = GENRES,
-    shape: tuple[int, int] = (32, 32),
+    shape: tuple[int, int] = (128, 32),
     seed: int = 0,
 ) -> dict[int, tuple[str, str, np.ndarray]]:
     """Write PNGs in which a genre is a bright band at its own height; return them by track id."""

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fma_nb.bulk.pack import load_pack
 from fma_nb.commands.cli import main
-from fma_nb.dataset import Pack, Split
+from fma_nb.dataset import Pack
 from fma_nb.evaluation import correct_matrix, paired_difference
 from fma_nb.metadata import GENRES, artist_groups
 from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
@@ -421,24 +421,6 @@ def test_tracks_of_one_artist_stay_together() -> None:
     assert torn_artists() == 0
     for fold in folds(pack, 3):
         assert set(fold.split("val").labels.tolist()) == set(range(8))
-
-
-@pytest.mark.usefixtures("project")
-def test_without_metadata_neighbouring_tracks_stay_together() -> None:
-    pack = Pack("fma_small", "compact", GENRES, "", {"train": neighbours_in_pairs()})
-    for fold in folds(pack, 3):
-        assert not {i // 10 for i in ids(fold, "train")} & {i // 10 for i in ids(fold, "val")}
-    one_run = replace(pack.split("train"), track_ids=np.arange(len(pack.split("train"))))
-    with pytest.raises(FmaNbError) as caught:
-        list(folds(replace(pack, splits={"train": one_run}), 2))
-    assert_one_sentence(caught.value, "--folds 2", "1 artist")
-
-
-def neighbours_in_pairs() -> Split:
-    """48 clips with the ids 10, 11, 20, 21, 30, ... and the genres in turns of two."""
-    track_ids = np.array([10 * (i // 2) + i % 2 for i in range(2, 50)])
-    labels = np.arange(48) // 2 % 8
-    return Split(np.zeros((48, 32, 32), np.uint8), labels, track_ids)
 
 
 @pytest.mark.parametrize("n_folds", [1, 0, -1])

@@ -15,20 +15,20 @@ from fma_nb.project import FmaNbError, spectrogram_dir
 
 @pytest.fixture(scope="module")
 def pack() -> Pack:
-    """The pack of 24 and 16 clips, 32 x 48 pixels each, without a test split."""
-    write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 3, "val": 2}, shape=(32, 48))
+    """The pack of 24 and 16 clips, 128 x 48 pixels each, without a test split."""
+    write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 3, "val": 2}, shape=(128, 48))
     load_pack("fma_small", "compact")
     return open_pack("fma_small", "compact")
 
 
 def test_a_pack_knows_what_is_in_it(pack: Pack) -> None:
     assert (pack.dataset, pack.preset, pack.genres) == ("fma_small", "compact", GENRES)
-    assert pack.image_shape == (32, 48)
+    assert pack.image_shape == (128, 48)
     assert pack.fingerprint == load_pack("fma_small", "compact").fingerprint
     for name, n_clips in (("train", 24), ("val", 16)):
         split = pack.split(name)
         assert len(split) == len(split.track_ids) == n_clips
-        assert split.images.shape == (n_clips, 32, 48)
+        assert split.images.shape == (n_clips, 128, 48)
         assert np.bincount(split.labels).tolist() == [n_clips // 8] * 8
 
 

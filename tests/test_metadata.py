@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from conftest import (
@@ -291,24 +290,6 @@ def test_genres_outside_the_eight_belong_to_larger_sets(project: Path) -> None:
 
 
 # ----- artists -----
-
-
-@pytest.mark.usefixtures("project")
-def test_without_metadata_neighbours_by_number_are_taken_for_one_artists_tracks() -> None:
-    assert not artists_known("fma_small")
-    assert artist_groups("fma_small", [9, 2, 5, 14, 18, 13]) == [9, 2, 2, 13, 18, 13]
-    assert artist_groups("fma_small", [0, 3, 6]) == [0, 0, 0]
-
-
-def test_the_guess_at_artists_is_nearly_always_right_on_real_tracks(real: Path) -> None:
-    """Checked where the artists are known: of the tracks of FMA-Small among the first of FMA."""
-    tracks = pd.read_csv(real / "fma_metadata_head" / "tracks.csv", index_col=0, header=[0, 1])
-    small = tracks[tracks["set", "subset"] == "small"]
-    guess = np.array(artist_groups("fma_small", small.index.tolist()))
-    artist = small["artist", "id"].to_numpy()
-    guessed, same = guess[1:] == guess[:-1], artist[1:] == artist[:-1]
-    assert len(small) == 58
-    assert same[guessed].mean() > 0.85 and guessed[same].mean() > 0.85
 
 
 def test_groups_are_artists_where_they_are_known(project: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_pack_holds_the_pixels_of_the_pngs(tree: Tree) -> None:
     pack = load()
     assert_pack_holds(pack, tree)
     assert {name: len(split) for name, split in pack.splits.items()} == {"train": 24, "val": 16, "test": 8}
-    assert pack.image_shape == (32, 32)
+    assert pack.image_shape == (128, 32)
     assert pack.split("train").images.dtype == np.uint8
 
 
@@ -116,7 +116,7 @@ def _change_a_pixel_of(track_id: int, folder: Path, tree: Tree) -> None:
 
 
 def add_a_track(folder: Path, tree: Tree) -> None:
-    image = np.full((32, 32), 9, dtype=np.uint8)
+    image = np.full((128, 32), 9, dtype=np.uint8)
     tree[999_999] = ("train", "Rock", image)
     Image.fromarray(image).save(png(folder, tree, 999_999))
 
@@ -177,7 +177,7 @@ def test_the_fingerprint_tells_of_a_label_alone(folder: Path) -> None:
         for track_id, genre in enumerate(("Pop", "Pop", "Rock", "Rock"), first):
             path = folder / split / genre / f"{track_id:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (32, 32), track_id).save(path)
+            Image.new("L", (32, 128), track_id).save(path)
     before = load()
     (folder / "train" / "Pop" / "000002.png").rename(folder / "train" / "Rock" / "000002.png")
     after = load()
@@ -285,12 +285,12 @@ def write_text_as_png(folder: Path, tree: Tree) -> tuple[str, ...]:
 
 def write_a_colour_png(folder: Path, tree: Tree) -> tuple[str, ...]:
     path = png(folder, tree, max(tree))
-    Image.new("RGB", (32, 32)).save(path)
+    Image.new("RGB", (32, 128), "red").save(path)
     return (str(path), "RGB")
 
 
 def write_a_sliver(folder: Path, tree: Tree) -> tuple[str, ...]:
-    Image.new("L", (3, 32)).save(png(folder, tree, max(tree)))
+    Image.new("L", (3, 128)).save(png(folder, tree, max(tree)))
     return (str(folder), "frames")
 
 

@@ -182,6 +182,8 @@ def _spectrograms(options: argparse.Namespace) -> None:
     print(f"{len(skipped)} clips were skipped" + (":" if len(skipped) else "."))
     for row in skipped.head(20).itertuples():
         print(f"  {_shown(Path(row.path))}: {row.reason}")
+    if len(skipped):
+        print("A file that has changed is tried again by itself; delete skipped.csv to try all of them.")
 
 
 def _add_evaluate(commands: Commands) -> None:
