@@ -111,10 +111,7 @@ def test_a_row_changes_what_its_name_says_and_nothing_else(row: str) -> None:
 @pytest.mark.parametrize(
     ("row", "name", "value"),
     [
-        ("half_width", "width", 0.7),
         ("shorter", "epochs", 7),
-        ("longer", "epochs", 28),
-        ("crop", "crop", 0.5),
         ("mixup", "mixup", 0.3),
         ("mean_pooling", "pooling", "mean"),
     ],
@@ -146,7 +143,6 @@ def test_architectures_differ_as_their_names_say() -> None:
     assert isinstance(network("lstm").rnn, torch.nn.LSTM)
     assert isinstance(network("one_way").rnn, torch.nn.GRU) and not network("one_way").rnn.bidirectional
     assert isinstance(network("baseline_with_recipe"), BaselineCNN)
-    assert count_parameters(network("half_width")) < count_parameters(final) / 3
     assert count_parameters(network("shuffled")) == count_parameters(final)
     assert 2 * network("mean_pooling").classifier.in_features == final.classifier.in_features
     assert (
@@ -157,7 +153,7 @@ def test_architectures_differ_as_their_names_say() -> None:
 
 @pytest.mark.parametrize(
     ("row", "change"),
-    [("crnn_plain", {"model": "crnn"}), ("baseline", {}), ("baseline_longer", {"epochs": 24})],
+    [("baseline", {})],
 )
 def test_plain_rows_train_as_the_baseline_does(row: str, change: dict[str, Any]) -> None:
     config = row_recipe(row, default_recipe("crnn"))
@@ -171,7 +167,7 @@ def test_plain_rows_train_as_the_baseline_does(row: str, change: dict[str, Any])
 def test_an_unknown_row_is_named_before_anything_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FmaNbError) as caught:
         row_recipe("no_drums", default_recipe("crnn"))
-    assert_one_sentence(caught.value, "no_drums", "no_gru", "crnn_plain")
+    assert_one_sentence(caught.value, "no_drums", "no_gru", "baseline")
 
     assert ablate("--rows", "final,no_drums", run="untouched") == (2, "")
     assert_one_sentence(refusal(capsys), "no_drums")
@@ -434,7 +430,7 @@ def test_fewer_than_two_folds_are_refused(n_folds: int) -> None:
 @pytest.mark.usefixtures("printed")
 def test_cross_validation_prints_an_accuracy_a_fold() -> None:
     rows_before = list(finished_rows(RUN))
-    status, text = ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.5")
+    status, text = ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.02")
     assert status == 0
     last = text.splitlines()[-1]
     accuracies, best = [], []
@@ -459,6 +455,6 @@ def test_cross_validation_prints_an_accuracy_a_fold() -> None:
 
     before = stamps(outputs_dir() / RUN)
     assert (
-        ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.5")[1].splitlines()[-1] == last
+        ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.05")[1].splitlines()[-1] == last
     )
     assert stamps(outputs_dir() / RUN) == before

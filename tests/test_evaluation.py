@@ -107,7 +107,7 @@ def test_the_file_tells_how_it_came_about(run: tuple[Tree, dict[str, Any]]) -> N
         assert found["synthetic"] is False
         assert found["fingerprint"] == pack.fingerprint
         assert found["genres"] == list(GENRES)
-        assert found["n_parameters"] == count_parameters(build_model(name, 8, 32, 32))
+        assert found["n_parameters"] == count_parameters(build_model(name, 8, 128, 32))
         assert found["versions"]["torch"] == torch.__version__
         assert found["device"].startswith("CPU")
         assert [result["seed"] for result in found["seeds"]] == [config.seed, config.seed + 1]
