@@ -455,6 +455,6 @@ def test_cross_validation_prints_an_accuracy_a_fold() -> None:
 
     before = stamps(outputs_dir() / RUN)
     assert (
-        ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.05")[1].splitlines()[-1] == last
+        ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.02")[1].splitlines()[-1] == last
     )
     assert stamps(outputs_dir() / RUN) == before
