@@ -61,10 +61,11 @@ def mixup(inputs: Tensor, labels: Tensor, alpha: float, n_classes: int) -> tuple
 
 
 def shift_and_stretch(images: Tensor, recipe: Recipe) -> Tensor:
-    """Rotate, crop, stretch and transpose each clip by its own random amounts.
+    """Shift each clip in time and along the mel axis, crop and stretch it, by its own random amounts.
 
-    ``images`` has the shape (batch, n_mels, n_frames). A clip is rotated in time: what leaves at its end
-    comes in at its start. Mel bands that come in from beyond the edge repeat the band at the edge.
+    ``images`` has the shape (batch, n_mels, n_frames). Time is circular: what leaves at a clip's end comes
+    in at its start. A stretch repeats or skips frames. Mel bands that come in from beyond the edge repeat
+    the band at the edge.
     """
     if not (recipe.time_shift or recipe.stretch or recipe.mel_shift or recipe.crop < 1):
         return images
@@ -84,9 +85,16 @@ def shift_and_stretch(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 def random_equalizer(inputs: Tensor, spread: float, n_knots: int = 6) -> Tensor:
-    """Add a random smooth curve over the mel bands to each clip's levels, as another recording would have.
+    """Add a random curve over the mel bands to each clip's levels, as an equalizer does.
 
-    ``inputs`` [shape=(batch, 1, n_mels, n_frames)] are levels from 0 to 1; what is at the floor stays there.
+    Parameters
+    ----------
+    inputs [shape=(batch, 1, n_mels, n_frames)]
+        Levels from 0 to 1. What is at the floor stays there; the loudest may exceed 1.
+    spread
+        Standard deviation of the curve at its knots, in the units of ``inputs``: 1 is 80 dB.
+    n_knots
+        Between its knots the curve is a straight line.
     """
     n_mels = inputs.shape[2]
     knots = spread * torch.randn(len(inputs), n_knots, device=inputs.device)

@@ -29,21 +29,24 @@ def answers(metrics: Metrics, split: str, seed_index: int = 0) -> tuple[Probabil
 
 
 def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
-    """Return the temperature under which the labels are most likely; above 1 the model was too sure.
+    """Return the temperature under which the labels are most likely; above 1 the model was overconfident.
 
     Fit it on validation, never on the clips it will be evaluated on.
     """
-    right = np.arange(len(labels)), np.asarray(labels)
+    true_class = np.arange(len(labels)), np.asarray(labels)
 
     def loss(log_temperature: float) -> float:
-        return float(-np.log(apply_temperature(probabilities, np.exp(log_temperature))[right]).mean())
+        return float(-np.log(apply_temperature(probabilities, np.exp(log_temperature))[true_class]).mean())
 
     return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def apply_temperature(probabilities: Probabilities, temperature: float) -> Probabilities:
-    """Divide the logits behind probabilities [shape=(n_clips, n_classes)] by a temperature."""
-    logits = np.log(np.maximum(probabilities, 1e-6))
+    """Divide the logits behind probabilities [shape=(n_clips, n_classes)] by a temperature.
+
+    The logarithm of a probability is its logit up to a constant of the clip, which softmax ignores.
+    """
+    logits = np.log(np.maximum(probabilities, 1e-6))  # rounded probabilities may be 0
     softened: Probabilities = scipy.special.softmax(logits / temperature, axis=1)
     return softened
 

@@ -105,10 +105,11 @@ def _open_split(pack_dir: Path, name: str, genres: tuple[str, ...]) -> Split:
 
 
 class SpectrogramDataset(Dataset[Batch]):
-    """A split as a PyTorch dataset that hands out whole batches by index.
+    """A split as a PyTorch dataset; an item is a grey image uint8 [shape=(n_mels, n_frames)] and its label.
 
-    Items are grey levels uint8 [shape=(n_mels, n_frames)] and the label; `to_input` turns a batch of
-    them into what a model takes. With ``device`` on a GPU all images are kept there.
+    `make_loader` makes batches of it: a ``DataLoader`` calls ``__getitems__`` for a whole batch, so that
+    nothing is left to collate. `to_input` turns a batch into what a model takes. With ``device`` on a GPU
+    all images are kept there.
     """
 
     def __init__(self, split: Split, device: torch.device | None = None) -> None:

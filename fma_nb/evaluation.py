@@ -29,6 +29,10 @@ from fma_nb.project import FmaNbError
 from fma_nb.training import predict_logits
 
 Floats = npt.NDArray[np.float64]
+# What is known of one model, as `fma_nb.runs.experiment` keeps it; track ids are texts, as in JSON:
+#   {"model": "crnn", "genres": ["Electronic", ...], "n_parameters": 323256, ...,
+#    "labels": {"val": {"148": "Experimental", ...}},
+#    "seeds": [{"seed": 0, "seconds": 61.2, "val": the result of `evaluate_split`}, ...]}
 Metrics = dict[str, Any]
 
 EVALUATION_SPLITS = ("val", "test")
@@ -37,7 +41,14 @@ EVALUATION_SPLITS = ("val", "test")
 def evaluate_split(
     model: nn.Module, pack: Pack, split: str, device: torch.device, bfloat16: bool = True
 ) -> dict[str, Any]:
-    """Evaluate a model on a split: accuracy, macro-F1, and each track's probabilities and genre."""
+    """Evaluate a model on a split.
+
+    Returns
+    -------
+    result
+        ``accuracy``, ``macro_f1``, and by track id ``predictions`` (a genre) and ``probabilities`` (of each
+        genre, rounded to 4 digits).
+    """
     clips = pack.split(split)
     loader = make_loader(SpectrogramDataset(clips, device), 256)
     logits, labels = predict_logits(model, loader, device, bfloat16)
@@ -55,7 +66,7 @@ def evaluate_split(
 
 
 def prediction_table(metrics: Metrics, split: str) -> pd.DataFrame:
-    """Return one row a seed and track: ``seed, track_id, genre, predicted, confidence, correct``."""
+    """Return one row per seed and track: ``seed, track_id, genre, predicted, confidence, correct``."""
     labels = metrics["labels"][split]
     rows = [
         {
@@ -73,7 +84,7 @@ def prediction_table(metrics: Metrics, split: str) -> pd.DataFrame:
 
 
 def correct_matrix(metrics: Metrics, split: str) -> pd.DataFrame:
-    """Return which tracks each seed got right: a row a seed, a column a track id, 0 or 1."""
+    """Return which tracks each seed got right: rows are seeds, columns track ids, values 0 or 1."""
     table = prediction_table(metrics, split)
     return table.pivot(index="seed", columns="track_id", values="correct").astype(float)
 
@@ -90,7 +101,7 @@ def genre_report(metrics: Metrics, split: str) -> pd.DataFrame:
 
 
 def result_table(found: dict[str, Metrics]) -> pd.DataFrame:
-    """Return one row a model: parameters, seeds, accuracy (mean ± std over seeds), macro-F1, seconds."""
+    """Return one row per model: parameters, seeds, accuracy (mean ± std over seeds), macro-F1, seconds."""
     return pd.DataFrame([_result_row(name, metrics) for name, metrics in found.items()])
 
 
@@ -110,7 +121,7 @@ def _result_row(name: str, metrics: Metrics) -> dict[str, Any]:
 
 
 def result_summary(found: dict[str, Metrics], splits: Sequence[str] = EVALUATION_SPLITS) -> pd.DataFrame:
-    """Return `result_table` as texts to show: one row a model, accuracies as ``0.701 ± 0.012``."""
+    """Return `result_table` as texts to show: one row per model, accuracies as ``0.701 ± 0.012``."""
     return pd.DataFrame([_summary_row(row, splits) for row in result_table(found).to_dict("records")])
 
 
@@ -166,8 +177,16 @@ def paired_difference(
 ) -> Estimate:
     """Estimate how much more accurate one model is than another on the same tracks.
 
-    Each resample draws the same tracks for both models, by group, and seeds for each on its own; or the
-    same seeds for both, where rows of equal number are the same trained network under two conditions.
+    Each resample draws groups of tracks, the same for both models, and seeds.
+
+    Parameters
+    ----------
+    correct, baseline [shape=(n_seeds, n_tracks)]
+        From `correct_matrix`: the model in question, and the one to compare it with.
+    groups [shape=(n_tracks,)]
+        Tracks of one group (an artist) are drawn together.
+    same_networks
+        Row i of both is the same trained network under two conditions: seeds are drawn for both at once.
 
     Raises
     ------
@@ -187,6 +206,7 @@ def paired_difference(
 
 def _resampled_tracks(groups: Sequence[int], n_resamples: int, rng: np.random.Generator) -> Floats:
     """Draw groups with replacement; return each track's weight [shape=(n_resamples, n_tracks)]."""
+    # How often a group is drawn in n draws with replacement is a multinomial count.
     names, members = np.unique(groups, return_inverse=True)
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_resamples)
     weights = counts[:, members].astype(float)
@@ -197,6 +217,7 @@ def _resampled_tracks(groups: Sequence[int], n_resamples: int, rng: np.random.Ge
 def _resampled_means(correct: pd.DataFrame, tracks: Floats, rng: np.random.Generator) -> Floats:
     n_seeds = len(correct)
     seeds_drawn = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=len(tracks)) / n_seeds
+    # r: resample, s: seed, t: track.
     means: Floats = np.einsum("rs,st,rt->r", seeds_drawn, correct.to_numpy(), tracks, optimize=True)
     return means
 
@@ -218,8 +239,8 @@ class McNemar:
 def mcnemar(first: npt.ArrayLike, second: npt.ArrayLike) -> McNemar:
     """Compare two models' right (1) and wrong (0) answers with McNemar's exact test.
 
-    Only the clips that exactly one model gets right carry information; if the models were equally
-    good, each would win such a clip with probability one half.
+    Both have the shape (n_clips,). Only the clips that exactly one model gets right count: of two equal
+    models each would win such a clip with probability one half.
     """
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     if a.shape != b.shape:

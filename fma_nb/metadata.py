@@ -125,7 +125,7 @@ def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
     Raises
     ------
     FmaNbError
-        When a split or genre has a name that FMA does not use, or no row belongs to the dataset.
+        When the dataset or the name of a split is unknown, or no row belongs to the dataset.
     """
     check_dataset(dataset)
     chosen = tracks[tracks["set", "subset"].isin(_SUBSETS[dataset]) & tracks["track", "genre_top"].notna()]

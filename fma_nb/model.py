@@ -1,4 +1,4 @@
-"""Stage 5, model: the baseline CNN, the CRNN, and the CRNN without its recurrence.
+"""Stage 5, model: the baseline CNN, and the CRNN with its variants, one without recurrence.
 
 All take spectrograms float [shape=(batch, 1, n_mels, n_frames)] in the range 0 to 1 and return logits
 [shape=(batch, n_classes)]: no softmax inside, cross-entropy wants it so. Notebooks 03 and 04 build the
@@ -168,7 +168,7 @@ class CRNN(nn.Module):
             choices = f"{', '.join(RECURRENCES)}; and {' or '.join(POOLINGS)}"
             raise FmaNbError(f"recurrence={recurrence!r}, pooling={pooling!r}: choose among {choices}.")
         self.shuffle = ShuffleFrames() if shuffle else nn.Identity()
-        # Nothing to learn in it: so no gradient has to be carried back through the largest convolution.
+        # Nothing to learn before the first convolution: the backward pass leaves out its input's gradient.
         self.band_norm = nn.BatchNorm1d(n_mels, affine=False) if band_norm else nn.Identity()
         channels = [round(width * n) for n in CHANNELS]
         blocks = [ConvBlock(1, channels[0], POOLS[0], kernel=5)]
@@ -198,7 +198,7 @@ class CRNN(nn.Module):
         return self.classifier(self.dropout(self.embed(sequence)))
 
     def embed(self, sequence: Tensor) -> Tensor:
-        """Read the sequence with the GRU and pool it over time by mean and maximum."""
+        """Run the recurrent layer, where there is one, and pool over time [shape=(batch, n_features)]."""
         if self.rnn is not None:
             sequence, _ = self.rnn(sequence)  # (batch, n_steps, 2 * n_hidden)
         mean = sequence.mean(dim=1)
@@ -233,7 +233,7 @@ def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options
     Raises
     ------
     FmaNbError
-        When the name is not one of `MODELS`.
+        When the name is not one of `MODELS`, or the baseline is given options.
     """
     if name == "baseline" and not options:
         return BaselineCNN(n_classes, n_mels, n_frames)

@@ -20,9 +20,10 @@ from fma_nb.recipe import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build a recipe's optimizer; weight decay is for matrices and filters only.
+    """Build a recipe's optimizer.
 
-    Biases and the gains of batch normalisation are vectors; pulling them to zero regularises nothing.
+    Weight decay acts on matrices, and under Adam and AdamW on the filters of convolutions too; Muon keeps
+    their norm fixed instead. Biases and the gains of batch normalisation are vectors and have none.
     """
     filters = [p for p in model.parameters() if p.ndim == 4]
     matrices = [p for p in model.parameters() if 1 < p.ndim < 4]
@@ -66,22 +67,23 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update all parameters; AdamW leaves those alone that have no gradient any more."""
+        """Update all parameters: the filters here, the others by AdamW."""
         group = self.param_groups[-1]
         for filters in group["params"]:
             state = self.state[filters]
             if not state:  # under the names that AdamW uses, which reads them back
                 state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(filters)
             state["exp_avg"].lerp_(filters.grad, 1 - group["momentum"])
-            direction = filters.grad.lerp(state["exp_avg"], group["momentum"])
+            direction = filters.grad.lerp(state["exp_avg"], group["momentum"])  # Nesterov momentum
+            # The orthogonal step has about this norm, too: so filter_lr is its relative length.
             filters.mul_(len(filters) ** 0.5 / filters.norm())
             filters.sub_(orthogonal(direction.flatten(1)).view(filters.shape), alpha=group["lr"])
-            filters.grad = None
+            filters.grad = None  # so that AdamW leaves the filters alone
         return super().step(closure)
 
 
 def orthogonal(matrix: Tensor, n_steps: int = 5) -> Tensor:
-    """Push the singular values of a matrix towards 1, by Newton and Schulz's iteration.
+    """Push the singular values of a matrix towards 1, by a Newton-Schulz iteration.
 
     Five steps with these coefficients bring a random matrix's values to between 0.68 and 1.2. Values below
     about a hundredth of the largest are raised but stay smaller.
@@ -96,7 +98,7 @@ def orthogonal(matrix: Tensor, n_steps: int = 5) -> Tensor:
 
 
 def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
-    """Return the share of the learning rate at each step: linear rise, then half a cosine to zero."""
+    """Return the factor on the learning rate as a function of the step: linear rise, then half a cosine."""
     if warmup is None:
         return lambda _: 1.0
     rise = max(1, round(warmup * n_steps))
@@ -110,7 +112,7 @@ def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
 
 
 class MovingAverage:
-    """Exponential moving average of a model's weights and buffers, which forgets faster while it is young.
+    """Exponential moving average of a model's weights and buffers, with a smaller decay in the first updates.
 
     PyTorch's `AveragedModel` counts on the device, and reading its count would stall a GPU in every step.
     """

@@ -46,7 +46,7 @@ CLIP_WIDTH, MIN_WIDTH, GAP = 1.6, 1.0, 0.3  # of a network diagram, in heights o
 def use_style() -> None:
     """Set the course's style: readable at the size it is shown, no frame, light grid. All notebooks.
 
-    In a notebook whose shell has set ``MPLBACKEND=Agg``, figures would never be shown: they are shown.
+    Figures are shown in a notebook also where the shell has set ``MPLBACKEND=Agg``.
     """
     shell = get_ipython()
     if hasattr(shell, "kernel") and plt.get_backend().lower() == "agg":
@@ -278,7 +278,8 @@ def waveform(ax: Axes, samples: Samples, sample_rate: int, color: str) -> Axes:
 def mel_spectrogram(ax: Axes, db: Decibels, seconds: float, sample_rate: int, title: str = "") -> Axes:
     """Draw a mel spectrogram [shape=(n_mels, n_frames)], lowest band first, in Hz. Notebook 02."""
     _show_bands(ax, db[::-1], seconds, len(db), title, cmap=COARSE_MAGMA, interpolation="nearest")
-    ax.set_yticks(*_hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000)))
+    places, labels = _hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000))
+    ax.set_yticks([place + 0.5 for place in places], labels)  # a band's centre is in the middle of its row
     ax.set_ylabel("frequency")
     return ax
 

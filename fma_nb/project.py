@@ -13,8 +13,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import filelock
-
 DATASETS = ("fma_mini", "fma_small", "fma_medium", "fma_large")
 SYNTHETIC_DATASETS = ("fma_mini",)
 SPLITS = ("train", "val", "test")
@@ -134,7 +132,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -144,7 +142,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def check_writable(folder: Path) -> None:
@@ -154,35 +152,9 @@ def check_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and keep others from writing to it inside a ``with`` block; wait for those who do.
-
-    Raises
-    ------
-    FmaNbError
-        When the folder or its lock, perhaps another user's, cannot be written.
-    """
-    make_folder(folder)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise _cannot_write(folder / ".lock", error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _cannot_write(path: Path, error: OSError) -> FmaNbError:
+def cannot_write(path: Path, error: OSError) -> FmaNbError:
+    """Return the sentence for a file or folder that cannot be written."""
     return FmaNbError(
         f"{path} cannot be written ({error.strerror}): make space or give write access, "
         "then run the same command again."
     )
-
-
-def clear_temporaries(folder: Path) -> None:
-    """Remove what killed writers left behind below a folder; call it while nobody else writes there."""
-    for temporary in folder.rglob(".*.tmp"):
-        temporary.unlink(missing_ok=True)

@@ -61,22 +61,22 @@ class Recipe:
     label_smoothing
         Share of the target spread over all genres.
     time_shift
-        Rotate each training clip in time by a random number of frames.
+        Shift each training clip in time, circularly, by a random number of frames.
     crop
         Share of each training clip's frames that is seen, from a random start; the whole clip is evaluated.
     stretch
-        Play each training clip faster or slower by up to this share.
+        Stretch each training clip in time, or shorten it, by up to this share; the pitch stays.
     mel_shift
         Move each training clip up or down by up to this number of mel bands.
     gain
-        Equalize each training clip at random: a smooth gain over the mel bands with this spread, in dB.
+        Equalize each training clip at random: the standard deviation, in dB, of a curve over the mel bands.
     freq_mask, time_mask
         Longest SpecAugment mask, as a share of the mel bands and of the frames.
     mixup
         Alpha of mixup's Beta distribution; 0 switches it off.
     ema
-        Decay of the exponential moving average of the weights that is evaluated and kept instead of the
-        last weights themselves; 0 switches it off.
+        Decay of the exponential moving average of the weights. The averaged weights are evaluated and kept;
+        0 switches it off.
     pooling, band_norm, width, dropout
         Of the CRNN's architecture, see `fma_nb.model.CRNN`.
     patience
@@ -122,7 +122,7 @@ class Recipe:
             whole = isinstance(getattr(type(self), name), int)
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
-                yaml = " In YAML write 5.0e-4, for 5e-4 is a text." if isinstance(value, str) else ""
+                yaml = " YAML reads 5e-4 as a text: write 5.0e-4." if isinstance(value, str) else ""
                 raise FmaNbError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}.{yaml}")
         if self.warmup is not None and not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup <= 1):
             raise FmaNbError(f"warmup={self.warmup!r} must be None or a share from 0 to 1.")

@@ -79,8 +79,17 @@ def get_preset(name: str) -> Preset:
 def log_mel(samples: Samples, sample_rate: int, preset: Preset) -> Decibels:
     """Return the log-mel spectrogram in dB [shape=(n_mels, n_frames)], lowest band first.
 
-    The reference is the clip's maximum over ALL frames, also where only some frames are kept.
+    The reference is the clip's maximum over ALL frames, also where only some frames are kept. In a clip far
+    softer than music is, the floor lies less than 80 dB below it: powers under 1e-10 count as 1e-10, as in
+    librosa.
+
+    Raises
+    ------
+    FmaNbError
+        When the samples have another rate than the preset.
     """
+    if preset.sample_rate not in (None, sample_rate):
+        raise FmaNbError(f"sample_rate={sample_rate}: preset {preset.name!r} wants {preset.sample_rate} Hz.")
     power = mel_power(samples, sample_rate, preset)
     reference = float(power.max())
     return power_to_db(power[:, frame_indices(power.shape[1], preset)], reference)

@@ -116,8 +116,9 @@ def start_training(recipe: Recipe, pack: Pack, device: torch.device) -> Training
 def train_one_epoch(state: TrainingState, loader: DataLoader[Batch], recipe: Recipe) -> tuple[float, float]:
     """Take one optimizer step a batch; return the mean loss and accuracy over the clips seen.
 
-    Sums stay on the device until the end: asking for a number in every step would stall a GPU.
-    Accuracy is counted on the augmented clips.
+    Not comparable with `evaluate`: these are augmented clips, dropout is on, labels are smoothed, and the
+    weights are those before averaging. Sums stay on the device until the end: asking for a number in every
+    step would stall a GPU.
 
     Raises
     ------

@@ -59,8 +59,8 @@ MISTAKES = [
     Mistake(
         "duplicates in the index accepted",
         "fma_nb/metadata.py",
-        'if rows["track_id"].duplicated().any():',
-        "if rows.duplicated(INDEX_COLUMNS[:2]).all():",
+        'twice = rows["track_id"][rows["track_id"].duplicated()].tolist()',
+        'twice = rows["track_id"][rows.duplicated(INDEX_COLUMNS)].tolist()',
         "tests/test_metadata.py::test_genres_outside_the_eight_belong_to_larger_sets",
     ),
     Mistake(
@@ -181,8 +181,8 @@ MISTAKES = [
     Mistake(
         "a stale pack used although PNGs have changed",
         "fma_nb/bulk/pack.py",
-        'if record is None or record["state"] != _state_hash(rows):',
-        "if record is None:",
+        ' and record["state"] == _state_hash(rows)',
+        "",
         "tests/test_pack.py::test_the_pack_follows_the_pngs",
     ),
     Mistake(

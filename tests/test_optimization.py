@@ -80,7 +80,7 @@ def test_the_average_is_what_is_judged_and_kept(
     last = load_checkpoint(files.last)
     torch.save(last | {"model_state": last["raw_state"]}, tmp_path / "raw.pt")
     raw_loss, _ = evaluate(load_model(tmp_path / "raw.pt", "baseline", pack, CPU), loader, CPU)
-    assert abs(raw_loss - log["val_loss"].iloc[-1]) > 0.01
+    assert abs(raw_loss - log["val_loss"].iloc[-1]) > 1e-4
     # Only `last` carries the raw weights too; without an average they are the same.
     assert "raw_state" not in load_checkpoint(files.best)
     baseline = load_checkpoint(trained["baseline"].last)

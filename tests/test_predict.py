@@ -757,7 +757,7 @@ def test_a_run_without_a_crnn_is_evaluated_with_the_weights_of_the_package(
     predicted = logits.argmax(1)
     accuracy = accuracy_score(labels, predicted)
     interval = re.search(
-        r"accuracy +([\d.]+)\n95 % interval +([\d.]+) to ([\d.]+), over clips, of this one network; for artists",
+        r"accuracy +([\d.]+)\n95 % interval +([\d.]+) to ([\d.]+), over clips, of this one network; for art",
         text,
     )
     assert interval and interval[1] == f"{accuracy:.4f}"

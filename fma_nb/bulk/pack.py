@@ -19,16 +19,9 @@ import pandas as pd
 from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
+from fma_nb.bulk.folders import clear_temporaries, locked
 from fma_nb.dataset import MIN_FRAMES, Pack, open_pack
-from fma_nb.project import (
-    SPLITS,
-    FmaNbError,
-    atomic_path,
-    check_dataset,
-    clear_temporaries,
-    locked,
-    spectrogram_dir,
-)
+from fma_nb.project import SPLITS, FmaNbError, atomic_path, check_dataset, spectrogram_dir
 from fma_nb.spectrogram import Preset, get_preset, png_name, png_path, read_png
 
 PACK_VERSION = 2

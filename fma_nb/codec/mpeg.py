@@ -1,7 +1,8 @@
 """Stage 2, audio: where the frames of an MP3 lie, and where it says that it ends.
 
-An MP3 is a row of frames of 26 ms; four bytes before each tell its size. Encoders hide a promise of the
-length in the first one, the Xing, Info or VBRI header. Where it is missing, decoders guess.
+An MP3 is a row of frames of 1,152 samples, 26 ms at 44.1 kHz; the first four bytes of each tell its size.
+Encoders write the length into the first one, in a Xing, Info or VBRI header. Where it is missing, decoders
+guess.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import io
 import os
 import re
 
-# kbit/s by the four bits in a header: MPEG 1 layer II and III, then MPEG 2; 0 is not allowed.
+# kbit/s by the four bits in a header: MPEG 1 layer II and III, then MPEG 2. 0: free format, not read.
 _LAYER_2 = (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 0)
 _LAYER_3 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _MPEG_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
 _RATES = (44_100, 48_000, 32_000, 0)  # Hz
-_SYNC = re.compile(rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]")  # all but MPEG's reserved version and layer I
+_SYNC = re.compile(rb"\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd]")  # versions 1, 2 and 2.5, layers II and III
 _PROMISE = re.compile(rb"(?s)(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})|VBRI.{6}(.{4})")
 _BLOCK = 1 << 16
 
@@ -29,7 +30,7 @@ def frame_size(file: io.FileIO, position: int) -> int:
     version, layer, rate = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3), _RATES[header[2] >> 2 & 3]
     table = _MPEG_2 if version < 3 else (_LAYER_2 if layer == 2 else _LAYER_3)
     bits = 1000 * table[header[2] >> 4]
-    if not rate or not bits or layer == 4:
+    if not rate or not bits:
         return 0
     rate >>= {0: 2, 2: 1, 3: 0}[version]
     return (72 if layer == 3 and version < 3 else 144) * bits // rate + (header[2] >> 1 & 1)

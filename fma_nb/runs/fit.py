@@ -84,7 +84,7 @@ def fit(
     val_loader = make_loader(val_set, 256)
     what = f"{recipe.model}, seed {recipe.seed}"
     with Progress(recipe.epochs, what, "epoch", visible=progress) as bar:
-        bar.update(first_epoch, "resumed")
+        bar.start_at(first_epoch)
         for epoch in range(first_epoch, recipe.epochs):
             if 0 < recipe.patience <= best.stale_epochs:
                 break

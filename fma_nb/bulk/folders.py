@@ -1,0 +1,38 @@
+"""Folders that several processes write to: one at a time, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from fma_nb.project import cannot_write, make_folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep others from writing to it inside a ``with`` block; wait for those who do.
+
+    Raises
+    ------
+    FmaNbError
+        When the folder or its lock, perhaps another user's, cannot be written.
+    """
+    make_folder(folder)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise cannot_write(folder / ".lock", error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove what killed writers left behind below a folder; call it while nobody else writes there."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
