@@ -97,7 +97,7 @@ def open_pack(dataset: str, preset: str) -> Pack:
 
 
 def _open_split(pack_dir: Path, name: str, genres: tuple[str, ...]) -> Split:
-    rows = pd.read_csv(pack_dir / f"{name}.csv")
+    rows = pd.read_csv(pack_dir / f"{name}.csv", keep_default_na=False)
     labels = np.array([genres.index(genre) for genre in rows["genre"]], dtype=np.int64)
     # Copy-on-write: PyTorch warns about read-only arrays, and nothing here writes.
     images = np.load(pack_dir / f"{name}.npy", mmap_mode="c")
@@ -136,7 +136,7 @@ class SpectrogramDataset(Dataset[Batch]):
 def make_loader(
     clips: SpectrogramDataset, batch_size: int, *, shuffle: bool = False, seed: int = 0
 ) -> DataLoader[Batch]:
-    """Return a ``DataLoader`` over clips whose order depends on ``seed`` alone."""
+    """Return a ``DataLoader`` over clips whose order depends on the seed and on the passes before."""
     return DataLoader(
         clips,
         batch_size=batch_size,

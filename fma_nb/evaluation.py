@@ -51,9 +51,9 @@ def evaluate_split(
     """
     clips = pack.split(split)
     loader = make_loader(SpectrogramDataset(clips, device), 256)
-    logits, labels = predict_logits(model, loader, device, bfloat16)
+    logits, labels = predict_logits(model, loader, bfloat16)
     probabilities = logits.softmax(1).numpy()
-    predicted = probabilities.argmax(1)
+    predicted = logits.argmax(1).numpy()
     ids = [str(track_id) for track_id in clips.track_ids]
     return {
         "accuracy": float(accuracy_score(labels, predicted)),

@@ -31,12 +31,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
-        {"params": filters, "weight_decay": recipe.weight_decay},
     ]
     if recipe.optimizer == "muon":
-        return Muon(groups[:2], filters, lr=recipe.lr, filter_lr=recipe.filter_lr)
+        return Muon(groups, filters, lr=recipe.lr, filter_lr=recipe.filter_lr)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=recipe.lr)
+    return kind([*groups, {"params": filters, "weight_decay": recipe.weight_decay}], lr=recipe.lr)
 
 
 class Muon(torch.optim.AdamW):
@@ -45,13 +44,9 @@ class Muon(torch.optim.AdamW):
     A few directions often dominate a gradient, and then also a step along it. Muon takes the averaged
     gradient of a layer as a matrix [shape=(n_out, n_in * height * width)] and makes it nearly orthogonal, so
     that the step is about equally long in all of the matrix's directions. The CRNN's filters stand before
-    batch normalisation, where their length means nothing; it is kept fixed, so that ``filter_lr`` is the
-    relative length of a step. For the baseline, which has no batch normalisation, that fixed length is a
-    constraint of its own.
-
-    References
-    ----------
-    K. Jordan et al.: "Muon: An optimizer for hidden layers in neural networks", 2024.
+    batch normalisation, where their length means nothing; it is set anew before each step, so that
+    ``filter_lr`` is the relative length of a step. For the baseline, which has no batch normalisation, that
+    length is a constraint of its own. ``torch.optim.Muon`` takes matrices only and does not set the length.
     """
 
     def __init__(

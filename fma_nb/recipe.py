@@ -82,7 +82,8 @@ class Recipe:
     patience
         Stop after this many epochs without a better validation accuracy; 0 never stops early.
     bfloat16
-        Run convolutions in bfloat16 where the processor computes with it.
+        Compute convolutions, recurrent and linear layers in bfloat16 where the processor has it in hardware;
+        the loss stays in float32.
     """
 
     model: str = "baseline"

@@ -81,13 +81,9 @@ def bfloat16_pays(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-class LossNotFiniteError(Exception):
-    """The loss is no longer a number; its text says in which batch."""
-
-
 @dataclass
 class TrainingState:
-    """What changes while a model trains: its weights, and what turns gradients into steps."""
+    """What one epoch needs: the weights, what turns gradients into steps, and the number of genres."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -122,7 +118,7 @@ def train_one_epoch(state: TrainingState, loader: DataLoader[Batch], recipe: Rec
 
     Raises
     ------
-    LossNotFiniteError
+    FloatingPointError
         When the loss of a batch is infinite or not a number.
     """
     state.model.train()
@@ -149,7 +145,7 @@ def train_one_epoch(state: TrainingState, loader: DataLoader[Batch], recipe: Rec
 def _check_finite(losses: Tensor) -> None:
     bad = (~torch.isfinite(losses)).nonzero().flatten()
     if len(bad):
-        raise LossNotFiniteError(f"batch {int(bad[0]) + 1}")
+        raise FloatingPointError(f"batch {int(bad[0]) + 1}")
 
 
 def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
@@ -157,22 +153,22 @@ def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and bfloat16_pays(device))
 
 
-def evaluate(
-    model: nn.Module, loader: DataLoader[Batch], device: torch.device, bfloat16: bool = True
-) -> tuple[float, float]:
+def evaluate(model: nn.Module, loader: DataLoader[Batch], bfloat16: bool) -> tuple[float, float]:
     """Return a model's mean cross-entropy and accuracy over all clips of a loader."""
-    logits, labels = predict_logits(model, loader, device, bfloat16)
+    logits, labels = predict_logits(model, loader, bfloat16)
     return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
 
-def predict_logits(
-    model: nn.Module, loader: DataLoader[Batch], device: torch.device, bfloat16: bool = True
-) -> tuple[Tensor, Tensor]:
+def predict_logits(model: nn.Module, loader: DataLoader[Batch], bfloat16: bool) -> tuple[Tensor, Tensor]:
     """Return the logits [shape=(n_clips, n_classes)] and labels [shape=(n_clips,)] of a loader's clips.
 
     Dropout is off and batch normalisation uses its running statistics.
     """
     model.eval()
-    with torch.inference_mode(), autocast(device, bfloat16):
-        parts = [(model(to_input(images)).float(), labels) for images, labels in loader]
-    return torch.cat([p[0] for p in parts]).cpu(), torch.cat([p[1] for p in parts]).cpu()
+    logits, targets = [], []
+    with torch.inference_mode():
+        for images, labels in loader:
+            with autocast(labels.device, bfloat16):
+                logits.append(model(to_input(images)).float())
+            targets.append(labels)
+    return torch.cat(logits).cpu(), torch.cat(targets).cpu()

@@ -155,13 +155,13 @@ def test_predictions_are_the_best_checkpoints(run: tuple[Tree, dict[str, Any]]) 
         for network, result in zip(networks, metrics[name]["seeds"], strict=True):
             assert evaluate_split(network, pack, "test", CPU) == result["test"]
             loader = make_loader(SpectrogramDataset(split), 16)
-            logits, _ = predict_logits(network, loader, CPU)
+            logits, _ = predict_logits(network, loader, True)
             predicted = {
                 str(i): pack.genres[g] for i, g in zip(split.track_ids, logits.argmax(1), strict=True)
             }
             assert predicted == result["test"]["predictions"]
         first, second = (
-            predict_logits(n, make_loader(SpectrogramDataset(split), 16), CPU)[0] for n in networks
+            predict_logits(n, make_loader(SpectrogramDataset(split), 16), True)[0] for n in networks
         )
         assert not torch.equal(first, second)
 

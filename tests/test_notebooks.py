@@ -119,6 +119,6 @@ def test_the_loop_of_notebook_03_is_the_packages():
     theirs, cpu = seeded_baseline(), torch.device("cpu")
     plain = recipe.Recipe(bfloat16=False)
     assert trained == pytest.approx(training.train_one_epoch(theirs, batches, plain))
-    assert judged == pytest.approx(training.evaluate(theirs.model.train(), batches, cpu, bfloat16=False))
+    assert judged == pytest.approx(training.evaluate(theirs.model.train(), batches, False))
     for name, value in ours.model.state_dict().items():
         assert torch.equal(value, theirs.model.state_dict()[name]), name

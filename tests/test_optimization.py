@@ -74,12 +74,12 @@ def test_the_average_is_what_is_judged_and_kept(
     log = load_log(files.log).set_index("epoch")
     for path in (files.best, files.last):
         row = log.loc[load_checkpoint(path)["epoch"], ["val_loss", "val_accuracy"]]
-        judged = evaluate(load_model(path, "baseline", pack, CPU), loader, CPU)
+        judged = evaluate(load_model(path, "baseline", pack, CPU), loader, True)
         assert judged == pytest.approx(tuple(row), rel=1e-6)
 
     last = load_checkpoint(files.last)
     torch.save(last | {"model_state": last["raw_state"]}, tmp_path / "raw.pt")
-    raw_loss, _ = evaluate(load_model(tmp_path / "raw.pt", "baseline", pack, CPU), loader, CPU)
+    raw_loss, _ = evaluate(load_model(tmp_path / "raw.pt", "baseline", pack, CPU), loader, True)
     assert abs(raw_loss - log["val_loss"].iloc[-1]) > 1e-4
     # Only `last` carries the raw weights too; without an average they are the same.
     assert "raw_state" not in load_checkpoint(files.best)

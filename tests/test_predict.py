@@ -753,7 +753,7 @@ def test_a_run_without_a_crnn_is_evaluated_with_the_weights_of_the_package(
     assert "24 clips, 1 seed(s)" in text
 
     clips = load_pack("fma_small", "compact").split("test")
-    logits, labels = predict_logits(shipped.network, make_loader(SpectrogramDataset(clips), 24), CPU)
+    logits, labels = predict_logits(shipped.network, make_loader(SpectrogramDataset(clips), 24), True)
     predicted = logits.argmax(1)
     accuracy = accuracy_score(labels, predicted)
     interval = re.search(

@@ -15,7 +15,6 @@ from fma_nb.dataset import Pack
 from fma_nb.model import MODELS
 from fma_nb.project import FmaNbError
 from fma_nb.recipe import Recipe
-from fma_nb.runs.experiment import seeds
 
 
 @pytest.mark.parametrize(
@@ -77,12 +76,6 @@ def test_only_a_crnn_has_an_architecture_to_choose() -> None:
     assert Recipe("baseline", **options).architecture() == {}
     for model in MODELS[1:]:
         assert Recipe(model, **options).architecture() == options
-
-
-def test_number_of_seeds() -> None:
-    assert [c.seed for c in seeds(replace(BASELINE, seed=4), 3)] == [4, 5, 6]
-    with pytest.raises(FmaNbError, match="n_seeds=0"):
-        list(seeds(BASELINE, 0))
 
 
 def test_the_ingredients_are_used_in_training(pack: Pack, tmp_path: Path) -> None:

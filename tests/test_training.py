@@ -136,7 +136,7 @@ def test_accuracy_counts_clips_not_batches(pack: Pack, tmp_path: Path) -> None:
 
     network = load_model(tmp_path / "m_last.pt", "baseline", pack, CPU)
     scores = [
-        evaluate(network, make_loader(SpectrogramDataset(pack.split("val")), size), CPU)
+        evaluate(network, make_loader(SpectrogramDataset(pack.split("val")), size), True)
         for size in (24, 7, 1)
     ]
     for loss, accuracy in scores:
@@ -148,8 +148,8 @@ def test_accuracy_counts_clips_not_batches(pack: Pack, tmp_path: Path) -> None:
 def test_evaluation_changes_nothing_and_drops_nothing(pack: Pack, trained: dict[str, RunFiles]) -> None:
     network = load_model(trained["crnn"].last, "crnn", pack, CPU).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    first, labels = predict_logits(network, make_loader(SpectrogramDataset(pack.split("val")), 10), CPU)
-    second, _ = predict_logits(network, make_loader(SpectrogramDataset(pack.split("val")), 10), CPU)
+    first, labels = predict_logits(network, make_loader(SpectrogramDataset(pack.split("val")), 10), True)
+    second, _ = predict_logits(network, make_loader(SpectrogramDataset(pack.split("val")), 10), True)
     assert torch.equal(first, second)
     assert labels.tolist() == pack.split("val").labels.tolist()
     for name, value in network.state_dict().items():
@@ -160,7 +160,7 @@ def test_a_clip_is_evaluated_on_its_own(pack: Pack, trained: dict[str, RunFiles]
     """Neither what is random in training nor the other clips of a batch have a part in its logits."""
     for model, files in trained.items():
         network, val = load_model(files.best, model, pack, CPU), SpectrogramDataset(pack.split("val"))
-        logits, _ = predict_logits(network, make_loader(val, 24), CPU, bfloat16=False)
+        logits, _ = predict_logits(network, make_loader(val, 24), False)
         with torch.inference_mode():
             alone = torch.cat([network(to_input(image[None])) for image in val.images])
         torch.testing.assert_close(logits, alone, rtol=1e-3, atol=1e-4)

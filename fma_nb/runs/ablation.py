@@ -17,7 +17,7 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fma_nb.dataset import Pack, Split
-from fma_nb.evaluation import Metrics, correct_matrix, paired_difference
+from fma_nb.evaluation import Metrics, correct_matrix, paired_difference, result_table
 from fma_nb.metadata import artist_groups
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 from fma_nb.recipe import Recipe, default_recipe
@@ -61,34 +61,19 @@ CSV_COLUMNS = [
 
 
 def row_recipe(row: str, base: Recipe) -> Recipe:
-    """Return a row's recipe: a change of the final recipe ``base``, or the baseline's own.
-
-    Raises
-    ------
-    FmaNbError
-        When there is no such row.
-    """
+    """Return a row's recipe: a change of the final recipe ``base``, or the baseline's own."""
+    if row not in ALL_ROWS:
+        raise FmaNbError(f"--rows {row}: choose among {', '.join(ALL_ROWS)}.")
     if row == BASELINE:
         return default_recipe("baseline")
-    if row == SHORTER:
-        return replace(base, epochs=max(1, base.epochs // 2))
-    if row not in ROWS:
-        raise FmaNbError(f"--rows {row}: choose among {', '.join(ALL_ROWS)}.")
-    return replace(base, **ROWS[row])
+    return replace(base, **(ROWS | {SHORTER: {"epochs": max(1, base.epochs // 2)}})[row])
 
 
 def run_ablation(
     pack: Pack, run: str, rows: Sequence[str], base: Recipe, n_seeds: int, device: torch.device
 ) -> Path:
-    """Train and evaluate rows on validation, seed by seed; write ``ablation.csv`` after each row.
-
-    Returns
-    -------
-    path
-        The CSV: one line a training, `CSV_COLUMNS`.
-    """
-    recipes = {row: row_recipe(row, base) for row in rows}
-    for row, recipe in recipes.items():
+    """Train and evaluate rows on validation; write ``ablation.csv``, a line a training, after each row."""
+    for row, recipe in {row: row_recipe(row, base) for row in rows}.items():
         print(f"{row}:", flush=True)
         train_and_evaluate(recipe, pack, _row_run(run, row), device, n_seeds=n_seeds)
         write_csv(run)
@@ -113,26 +98,17 @@ def finished_rows(run: str) -> dict[str, Metrics]:
 def write_csv(run: str) -> Path:
     """Write ``outputs/<run>/ablation.csv`` from the metrics of the finished rows."""
     lines = [
-        {
-            "row": row,
-            "model": metrics["model"],
-            "seed": result["seed"],
-            "epochs": result["epochs"],
-            "best_epoch": result["best_epoch"],
-            "val_accuracy": round(result["val"]["accuracy"], 5),
-            "val_macro_f1": round(result["val"]["macro_f1"], 5),
-            "last_val_accuracy": round(result["last_val_accuracy"], 5),
-            "parameters": metrics["n_parameters"],
-            "seconds": result["seconds"],
-            "device": metrics["device"],
-            "date": metrics["date"],
-        }
+        {"row": row, "parameters": metrics["n_parameters"], **metrics, **result}
+        | {f"val_{score}": result["val"][score] for score in ("accuracy", "macro_f1")}
         for row, metrics in finished_rows(run).items()
         for result in metrics["seeds"]
     ]
-    path = run_dir(run) / "ablation.csv"
+    return _write_table(run_dir(run) / "ablation.csv", pd.DataFrame(lines, columns=CSV_COLUMNS).round(5))
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> Path:
     with atomic_path(path) as temporary:
-        pd.DataFrame(lines, columns=CSV_COLUMNS).to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False)
     return path
 
 
@@ -158,7 +134,15 @@ def ablation_table(run: str) -> pd.DataFrame:
         print(f"Left out, made from other data or with another recipe: {others}")
     final = correct_matrix(found[FINAL], "val")
     groups = artist_groups(found[FINAL]["dataset"], list(final.columns))
-    return pd.DataFrame([_table_line(row, metrics, final, groups) for row, metrics in kept.items()])
+    table = result_table(kept)[["model", "seeds", "val_accuracy", "val_std"]]
+    table.columns = pd.Index(["row", "seeds", "val_mean", "val_std"])
+    table.insert(2, "epochs", [metrics["config"]["epochs"] for metrics in kept.values()])
+    lasts = [[result["last_val_accuracy"] for result in metrics["seeds"]] for metrics in kept.values()]
+    table["last_mean"] = [float(np.mean(accuracies)) for accuracies in lasts]
+    gaps = [paired_difference(correct_matrix(metrics, "val"), final, groups) for metrics in kept.values()]
+    table[["difference", "low", "high"]] = [[gap.value, gap.low, gap.high] for gap in gaps]
+    table.loc[table["row"] == FINAL, ["difference", "low", "high"]] = np.nan
+    return table
 
 
 def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
@@ -169,22 +153,6 @@ def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
         return False
     config = metrics["config"] | {"seed": wanted["seed"]}
     return bool(config == wanted and metrics["fingerprint"] == final["fingerprint"])
-
-
-def _table_line(row: str, metrics: Metrics, final: pd.DataFrame, groups: Sequence[int]) -> dict[str, Any]:
-    gap = paired_difference(correct_matrix(metrics, "val"), final, groups)
-    accuracies = [result["val"]["accuracy"] for result in metrics["seeds"]]
-    return {
-        "row": row,
-        "seeds": len(accuracies),
-        "epochs": metrics["config"]["epochs"],
-        "val_mean": float(np.mean(accuracies)),
-        "val_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan,
-        "last_mean": float(np.mean([result["last_val_accuracy"] for result in metrics["seeds"]])),
-        "difference": np.nan if row == FINAL else gap.value,
-        "low": np.nan if row == FINAL else gap.low,
-        "high": np.nan if row == FINAL else gap.high,
-    }
 
 
 def folds(pack: Pack, n_folds: int) -> Iterator[Pack]:
@@ -217,32 +185,25 @@ def _part(split: Split, chosen: np.ndarray[Any, Any]) -> Split:
 def cross_validate(pack: Pack, run: str, recipe: Recipe, n_folds: int, device: torch.device) -> list[float]:
     """Train a recipe once for each fold of the training split; write ``folds.csv``, a line a fold.
 
-    Returns
-    -------
-    accuracies
-        Of each fold, after the last epoch: the best one would have been chosen on the fold itself.
+    Returns the accuracy on each fold after the last epoch: the best one would have been chosen on the fold
+    itself.
     """
     lines: list[dict[str, Any]] = []
-    for i, fold in enumerate(folds(pack, n_folds)):
-        print(f"fold {i + 1} of {n_folds}:", flush=True)
-        lines.append({"fold": i + 1, "folds": n_folds} | _fold_line(fold, run, i, n_folds, recipe, device))
-        with atomic_path(run_dir(run) / "folds.csv") as temporary:
-            pd.DataFrame(lines).to_csv(temporary, index=False)
+    for i, fold in enumerate(folds(pack, n_folds), 1):
+        print(f"fold {i} of {n_folds}:", flush=True)
+        metrics = train_and_evaluate(recipe, fold, _row_run(run, f"fold{i}of{n_folds}"), device)
+        line = {
+            "fold": i,
+            "folds": n_folds,
+            "model": recipe.model,
+            "seed": recipe.seed,
+            "epochs": metrics["seeds"][0]["epochs"],
+            "train_clips": len(fold.split("train")),
+            "held_out_clips": len(fold.split("val")),
+            "accuracy": round(metrics["seeds"][0]["last_val_accuracy"], 5),
+            "device": metrics["device"],
+            "date": metrics["date"],
+        }
+        lines.append(line)
+        _write_table(run_dir(run) / "folds.csv", pd.DataFrame(lines))
     return [line["accuracy"] for line in lines]
-
-
-def _fold_line(
-    fold: Pack, run: str, i: int, n_folds: int, recipe: Recipe, device: torch.device
-) -> dict[str, Any]:
-    metrics = train_and_evaluate(recipe, fold, _row_run(run, f"fold{i + 1}of{n_folds}"), device)
-    result = metrics["seeds"][0]
-    return {
-        "model": recipe.model,
-        "seed": recipe.seed,
-        "epochs": result["epochs"],
-        "train_clips": len(fold.split("train")),
-        "held_out_clips": len(fold.split("val")),
-        "accuracy": round(result["last_val_accuracy"], 5),
-        "device": metrics["device"],
-        "date": metrics["date"],
-    }

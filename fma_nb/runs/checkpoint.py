@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pickle
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -28,27 +26,15 @@ from fma_nb.training import to_device
 
 MAX_FRAMES = 100_000  # 39 minutes of the `full` preset; a damaged file may ask for more than fits into memory
 CHECKPOINT_KEYS = ("epoch", "model_state", "config", "genres", "preset", "image_shape")
-# What torch.load was seen to raise for cut, flipped and foreign files.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    OSError,
-    AttributeError,
-    AssertionError,
-)
 LOG_COLUMNS = ["seed", "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"]
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """The files of one training: a model and a seed within a run folder.
+class NotReadableError(FmaNbError):
+    """A file of a training is missing or damaged, so that only training again brings it back."""
 
-    The first seed of a run has the plain names ``<model>_best.pt`` and ``<model>_last.pt``.
-    """
+
+class RunFiles(NamedTuple):
+    """The checkpoints of one training (a model and a seed of a run), and the log that all seeds share."""
 
     best: Path
     last: Path
@@ -56,7 +42,7 @@ class RunFiles:
 
 
 def run_files(run: str, model: str, seed: int, first_seed: int) -> RunFiles:
-    """Name the checkpoints and the log of one training."""
+    """Name the files of one training; a run's first seed has plain names, ``<model>_best.pt``."""
     checkpoints = run_dir(run) / "checkpoints"
     stem = model if seed == first_seed else f"{model}_seed{seed}"
     return RunFiles(checkpoints / f"{stem}_best.pt", checkpoints / f"{stem}_last.pt", log_path(run, model))
@@ -79,24 +65,30 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getvalue())
 
 
-def load_checkpoint(path: Path, device: torch.device | None = None) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU without executing anything in it.
 
     Raises
     ------
-    FmaNbError
+    NotReadableError
         When the file is missing or is not a checkpoint of this project.
     """
     try:
+        data = io.BytesIO(path.read_bytes())
+    except FileNotFoundError as error:
+        raise NotReadableError(f"{path} is missing: train the model first (notebooks 03 and 04).") from error
+    except OSError as error:
+        raise FmaNbError(f"{path} cannot be read ({error.strerror}).") from error
+    try:
         with warnings.catch_warnings():  # of a foreign file PyTorch remarks more than its refusal
             warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, map_location=device or "cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FmaNbError(f"{path} is missing: train the model first (notebooks 03 and 04).") from error
-    except _UNREADABLE as error:
-        raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.") from error
+            content = torch.load(data, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception:  # damage makes it raise nearly anything
+        content = None
     if not _is_checkpoint(content):
-        raise FmaNbError(f"{path} is not a checkpoint of this project: remove it.")
+        raise NotReadableError(f"{path} is not a checkpoint of this project: remove it.")
     return content
 
 
@@ -116,56 +108,46 @@ def _is_checkpoint(content: Any) -> bool:
     )
 
 
-def saved_recipe(path: Path, saved: dict[str, Any]) -> Recipe:
-    """Return the recipe in a checkpoint, or raise `FmaNbError` when it is of another version."""
-    try:
-        return Recipe(**saved["config"])
-    except (TypeError, FmaNbError) as error:
-        raise FmaNbError(f"{path} was made by another version of this project: train again.") from error
-
-
 def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.Module:
-    """Rebuild a trained model from its checkpoint, for the data of ``pack``.
-
-    Raises
-    ------
-    FmaNbError
-        When the checkpoint is of another model, preset or list of genres, or does not fit.
-    """
-    saved = load_checkpoint(path, device)
+    """Rebuild a trained model from its checkpoint, or raise `FmaNbError` when it does not fit ``pack``."""
+    saved = load_checkpoint(path)
+    network = network_of(saved, path)
     for what, found, wanted in (
-        ("model", saved_recipe(path, saved).model, model),
+        ("model", saved["config"].get("model", "baseline"), model),
         ("preset", saved["preset"], pack.preset),
         ("genres", tuple(saved["genres"]), pack.genres),
     ):
         if found != wanted:
             raise FmaNbError(f"{path} is a checkpoint of {what} {found!r}, not {wanted!r}.")
-    return to_device(network_of(saved, path), device)
+    return to_device(network, device)
 
 
 def network_of(saved: dict[str, Any], path: Path) -> nn.Module:
-    """Build the network of a checkpoint that was read from ``path``.
+    """Build the network of a checkpoint that was read from ``path``, in evaluation mode.
 
     Raises
     ------
     FmaNbError
-        When the weights are not those of the architecture in its recipe, or not numbers.
+        When the recipe is of another version, or the weights do not fit it or are not numbers.
     """
-    recipe, state = saved_recipe(path, saved), saved["model_state"]
+    try:
+        recipe = Recipe(**saved["config"])
+    except (TypeError, FmaNbError) as error:
+        raise FmaNbError(f"{path} was made by another version of this project: train again.") from error
     network = build_model(recipe.model, len(saved["genres"]), *saved["image_shape"], **recipe.architecture())
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(saved["model_state"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise FmaNbError(f"{path} holds weights of another architecture: train again.") from error
     if not all(bool(value.isfinite().all()) for value in network.state_dict().values()):
         raise FmaNbError(f"{path} holds weights that are not numbers: train again.")
-    return network
+    return network.eval()
 
 
 def write_log_row(path: Path, row: dict[str, float]) -> None:
     """Append an epoch's row, replacing what an earlier run left for the same and later epochs."""
     rows = pd.DataFrame([row], columns=LOG_COLUMNS)
-    with contextlib.suppress(FmaNbError):  # a damaged log is written anew
+    with contextlib.suppress(NotReadableError):  # a damaged log is written anew
         old = load_log(path)
         stale = (old["seed"] == row["seed"]) & (old["epoch"] >= row["epoch"])
         rows = pd.concat([old[~stale], rows], ignore_index=True)
@@ -179,25 +161,17 @@ def log_path(run: str, model: str) -> Path:
 
 
 def read_log(run: str, model: str, seeds: Iterable[int] | None = None) -> pd.DataFrame:
-    """Read a model's training log: a row an epoch, columns `LOG_COLUMNS`, of all seeds or of some.
-
-    Its epochs are counted from 0.
-
-    Raises
-    ------
-    FmaNbError
-        When the file is missing or damaged.
-    """
+    """Read the log of all or some seeds of a model: a row an epoch, from 0, columns `LOG_COLUMNS`."""
     rows = load_log(log_path(run, model))
     return rows if seeds is None else rows[rows["seed"].isin(list(seeds))]
 
 
 def load_log(path: Path) -> pd.DataFrame:
-    """Read a log file, or raise `FmaNbError` when it is missing, damaged or something else."""
+    """Read a log file, or raise `NotReadableError` when it is missing, damaged or something else."""
     try:
         rows = pd.read_csv(path)
     except (FileNotFoundError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise FmaNbError(f"{path} is missing or damaged: train the model again.") from error
+        raise NotReadableError(f"{path} is missing or damaged: train the model again.") from error
     if list(rows.columns) != LOG_COLUMNS:
-        raise FmaNbError(f"{path} is not a training log: remove it and train again.")
+        raise NotReadableError(f"{path} is not a training log: remove it and train again.")
     return rows

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +23,17 @@ from fma_nb.model import count_parameters
 from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, atomic_path, run_dir
 from fma_nb.recipe import Recipe
 from fma_nb.runs.checkpoint import load_model, run_files
-from fma_nb.runs.fit import Fitted, fit
+from fma_nb.runs.fit import fit
 from fma_nb.training import device_name
 
 METRICS_KEYS = ("model", "dataset", "preset", "genres", "fingerprint", "config", "labels", "seeds")
 
 
 def chosen_split(dataset: str, evaluation_split: str) -> str:
-    """Return ``val`` or ``test``.
+    """Return ``val`` or ``test``, or raise `FmaNbError` when the choice is another one.
 
     An empty choice means test for a synthetic dataset and val for a real one, whose test split is opened on
     purpose or not at all.
-
-    Raises
-    ------
-    FmaNbError
-        When the choice is another one.
     """
     if evaluation_split not in ("", *EVALUATION_SPLITS):
         raise FmaNbError(f"evaluation_split={evaluation_split!r} is unknown: choose val or test.")
@@ -54,14 +48,6 @@ def evaluation_splits(pack: Pack, evaluation_split: str) -> tuple[str, ...]:
     return splits
 
 
-def seeds(recipe: Recipe, n_seeds: int) -> Iterator[Recipe]:
-    """Yield the recipe with ``n_seeds`` consecutive seeds."""
-    if n_seeds < 1:
-        raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
-    for i in range(n_seeds):
-        yield replace(recipe, seed=recipe.seed + i)
-
-
 def train_and_evaluate(
     recipe: Recipe,
     pack: Pack,
@@ -74,7 +60,8 @@ def train_and_evaluate(
 ) -> Metrics:
     """Train a model with several seeds, evaluate each best checkpoint, and write the metrics file.
 
-    Everything is checked before the first epoch. What an earlier call finished is not trained again.
+    What cannot work raises `FmaNbError` before the first epoch. What an earlier call finished is not trained
+    again.
 
     Parameters
     ----------
@@ -82,30 +69,24 @@ def train_and_evaluate(
         Its seed is the first of ``n_seeds`` consecutive ones.
     evaluation_split
         ``val`` evaluates on validation only; ``test`` adds the test split.
-
-    Raises
-    ------
-    FmaNbError
-        When a parameter or a split cannot work.
     """
     splits = evaluation_splits(pack, evaluation_split)
-    recipes = list(seeds(recipe, n_seeds))
-    fitted = [
-        fit(one, pack, run_files(run, one.model, one.seed, recipe.seed), device, progress=progress)
-        for one in recipes
-    ]
-    metrics = _circumstances(recipe, pack, device, fitted[0].model) | {
-        "labels": {split: _labels(pack, split) for split in splits},
-        "seeds": [
-            _seed_result(one, kept, pack, splits, device) for one, kept in zip(recipes, fitted, strict=True)
-        ],
-    }
-    write_metrics(metrics_path(run, recipe.model), metrics)
-    return metrics
-
-
-def _circumstances(recipe: Recipe, pack: Pack, device: torch.device, model: nn.Module) -> Metrics:
-    return {
+    if n_seeds < 1:
+        raise FmaNbError(f"n_seeds={n_seeds} must be at least 1.")
+    results = []
+    for one in [replace(recipe, seed=recipe.seed + i) for i in range(n_seeds)]:
+        files = run_files(run, one.model, one.seed, recipe.seed)
+        model, best_epoch, log = fit(one, pack, files, device, progress=progress)
+        result = {
+            "seed": one.seed,
+            "epochs": len(log),
+            "best_epoch": best_epoch,
+            "last_val_accuracy": float(log["val_accuracy"].iloc[-1]),
+            "seconds": round(float(log["seconds"].sum()), 1),
+        }
+        evaluated = {split: evaluate_split(model, pack, split, device, one.bfloat16) for split in splits}
+        results.append(result | evaluated)
+    metrics = {
         "model": recipe.model,
         "dataset": pack.dataset,
         "synthetic": pack.dataset in SYNTHETIC_DATASETS,
@@ -117,27 +98,18 @@ def _circumstances(recipe: Recipe, pack: Pack, device: torch.device, model: nn.M
         "device": device_name(device),
         "versions": versions(),
         "date": date.today().isoformat(),
+        "labels": {split: _labels(pack, split) for split in splits},
+        "seeds": results,
     }
+    with atomic_path(metrics_path(run, recipe.model)) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    return metrics
 
 
 def _labels(pack: Pack, split: str) -> dict[str, str]:
     clips = pack.split(split)
-    return {
-        str(track_id): pack.genres[label]
-        for track_id, label in zip(clips.track_ids, clips.labels, strict=True)
-    }
-
-
-def _seed_result(
-    recipe: Recipe, fitted: Fitted, pack: Pack, splits: Sequence[str], device: torch.device
-) -> dict[str, Any]:
-    return {
-        "seed": recipe.seed,
-        "epochs": len(fitted.log),
-        "best_epoch": fitted.best_epoch,
-        "last_val_accuracy": float(fitted.log["val_accuracy"].iloc[-1]),
-        "seconds": round(float(fitted.log["seconds"].sum()), 1),
-    } | {split: evaluate_split(fitted.model, pack, split, device, recipe.bfloat16) for split in splits}
+    genres = [pack.genres[label] for label in clips.labels]
+    return dict(zip(map(str, clips.track_ids), genres, strict=True))
 
 
 def versions() -> dict[str, str]:
@@ -148,12 +120,6 @@ def versions() -> dict[str, str]:
 def metrics_path(run: str, model: str) -> Path:
     """Return where a model's metrics file lies in a run folder."""
     return run_dir(run) / "metrics" / f"{model}.json"
-
-
-def write_metrics(path: Path, metrics: Metrics) -> None:
-    """Write a metrics file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def read_metrics(run: str, models: Sequence[str], pack: Pack | None = None) -> dict[str, Metrics]:
