@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -47,7 +48,19 @@ def outputs_dir() -> Path:
 
 def _folder_of(variable: str, default: str) -> Path:
     given = os.environ.get(variable)
-    return Path(given).expanduser().absolute() if given else project_root() / default
+    return user_path(given) if given else project_root() / default
+
+
+def user_path(text: str) -> Path:
+    """Return a path that a user gave as an absolute one: it means the folder where the command was typed.
+
+    A kernel runs in the folder of its notebook; the shell that started it has left its own in ``PWD``.
+    """
+    typed_in = os.environ.get("PWD", "") if "ipykernel.kernelapp" in sys.modules else ""
+    try:
+        return Path(typed_in, Path(text).expanduser()).absolute()
+    except RuntimeError as error:
+        raise FmaNbError(f"{text}: that home folder is not known, so write the whole path.") from error
 
 
 def audio_dir(dataset: str) -> Path:

@@ -17,9 +17,9 @@ from fma_nb.project import (
     FmaNbError,
     data_dir,
     outputs_dir,
-    project_root,
     run_dir,
     spectrogram_dir,
+    user_path,
 )
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; print bad input as one sentence and return a non-zero exit status."""
-    options = _parser().parse_args(arguments)
-    _fix_folders()
     _write_any_text()
     try:
+        options = _parser().parse_args(arguments)
+        _fix_folders(options)
         options.command(options)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -49,14 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fix_folders() -> None:
+def _fix_folders(options: argparse.Namespace) -> None:
     """Make the folders that the user has named mean the same in every process that this one starts.
 
     A relative path means the folder where the command was typed; a notebook's kernel runs elsewhere.
     """
-    for variable, folder in (("FMA_NB_DATA", data_dir()), ("FMA_NB_OUTPUTS", outputs_dir())):
-        if os.environ.get(variable):
-            os.environ[variable] = str(folder)
+    os.environ["FMA_NB_DATA"] = str(getattr(options, "data", data_dir()))
+    os.environ["FMA_NB_OUTPUTS"] = str(getattr(options, "outputs", outputs_dir()))
 
 
 def _write_any_text() -> None:
@@ -78,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         *(_add_ablate, _add_export, _add_predict, _add_report),
     ):
         add(commands)
+    for command in (parser, *commands.choices.values()):
+        for name in ("data", "outputs"):
+            text = f"the {name} folder (default: $FMA_NB_{name.upper()}, else {name}/)"
+            command.add_argument(f"--{name}", type=user_path, default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -147,7 +150,7 @@ def _add_download(commands: Commands) -> None:
     command = commands.add_parser("download", help="download and verify FMA's archives")
     command.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     command.add_argument("--url", default=FMA_URL, help="folder to download from (default: %(default)s)")
-    command.add_argument("--archive", type=Path, help="use this zip file instead of downloading")
+    command.add_argument("--archive", type=user_path, help="use this zip file instead of downloading")
     command.set_defaults(command=_download)
 
 
@@ -253,7 +256,7 @@ def _add_export(commands: Commands) -> None:
     command = commands.add_parser("export", help="write a trained model's weights for 'predict'")
     command.add_argument("--run", default="fma_small", help="name of the run folder")
     command.add_argument("--model", default="crnn", help="the model of that run (default: crnn)")
-    command.add_argument("--out", type=Path, help="file to write (default: outputs/<run>/<model>.pt)")
+    command.add_argument("--out", type=user_path, help="file to write (default: outputs/<run>/<model>.pt)")
     command.set_defaults(command=_export)
 
 
@@ -272,7 +275,7 @@ def _add_predict(commands: Commands) -> None:
     command.add_argument(
         "songs", nargs="+", type=Path, metavar="SONG", help="MP3, OGG, FLAC, WAV, AIFF; or a folder of them"
     )
-    command.add_argument("--weights", type=Path, help="weights of 'export' (default: the package's)")
+    command.add_argument("--weights", type=user_path, help="weights of 'export' (default: the package's)")
     command.add_argument("--json", action="store_true", help="print a JSON object a line")
     command.set_defaults(command=_predict)
 
@@ -299,6 +302,5 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _shown(path: Path) -> str:
-    """Return a path relative to the project where it lies inside."""
-    root = project_root()
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    """Return a path relative to the current folder where it lies inside."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

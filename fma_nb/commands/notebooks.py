@@ -33,6 +33,7 @@ from fma_nb.project import (
     project_root,
     run_dir,
     spectrogram_dir,
+    user_path,
 )
 from fma_nb.raw.mini import make_fma_mini
 from fma_nb.recipe import Recipe
@@ -145,8 +146,8 @@ def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, 
             known = ", ".join(sorted(declared))
             raise FmaNbError(f"-p {name}: none of the chosen notebooks has it; they have {known}.")
         given[name] = typed(name, text, type(declared[name]))
-    if given.get("song"):  # a path means the folder where the command was typed
-        given["song"] = str(Path(given["song"]).expanduser().absolute())
+    if given.get("song"):
+        given["song"] = str(user_path(given["song"]))
         if not Path(given["song"]).is_file():
             raise FmaNbError(f"-p song {given['song']}: there is no such file.")
     _check_values(given)
