@@ -1,10 +1,12 @@
 """The report's pages as files; `test_browser` looks at them in a browser."""
 
+import html
 import json
 import re
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 from conftest import assert_one_sentence
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -72,6 +74,15 @@ def test_pictures_are_described_by_their_caption_or_by_what_announces_them(proje
     assert re.findall(r'alt="([^"]*)"', page) == ["Loss in dB by epoch.", "The same for Rock:"]
 
 
+def test_a_table_scrolls_in_a_box_of_its_own(project):
+    table = new_code_cell(
+        "t", outputs=[new_output("display_data", {"text/html": "<table><tr></tr></table>"})]
+    )
+    write_notebook(project, new_markdown_cell("|a|b|\n|-|-|\n|1|2|"), table)
+    page = write_report("a_run").with_name("01_eda.html").read_text()
+    assert page.count('<div class="scroll"><table') == page.count("</table></div>") == 2
+
+
 def test_links_between_notebooks_lead_to_their_pages(project):
     write_notebook(project, new_markdown_cell("On to [02](02_spectrograms.ipynb)."))
     page = write_report("a_run").with_name("01_eda.html").read_text()
@@ -84,33 +95,72 @@ def test_a_figure_keeps_its_caption(project):
     figure, _ = plt.subplots()
     save_figure(figure, "a_run", "01_curve", "Accuracy < chance")
     plt.close(figure)
-    html = write_report("a_run").read_text()
-    assert html.count("Accuracy &lt; chance") == 2  # what is seen, and what is read out
+    page = write_report("a_run").read_text()
+    assert page.count("Accuracy &lt; chance") == 2  # what is seen, and what is read out
 
 
-@pytest.mark.parametrize(("n_right", "verdict"), [(36, "ahead"), (20, "cannot be told apart"), (4, "behind")])
-def test_the_question_is_answered_with_an_interval(n_right, verdict, project):
+def words(page):
+    """What a reader sees of the page, in one line."""
+    return " ".join(html.unescape(re.sub("<[^>]+>", "", page.split("</style>")[1])).split())
+
+
+@pytest.mark.parametrize(
+    ("n_right", "verdict"),
+    [(36, "is ahead of"), (20, "cannot be told apart from"), (4, "is behind")],
+)
+def test_the_question_is_answered_first_in_a_sentence_with_its_interval(n_right, verdict, project):
     write_notebook(project)
     write_metrics(project, "baseline", 20)
     write_metrics(project, "crnn", n_right)
-    html = write_report("a_run").read_text()
+    shown = words(write_report("a_run").read_text())
     difference = f"{n_right / 40 - 0.5:+.3f}".replace("-", "−")
-    assert f"CRNN − baseline CNN, val accuracy: {difference} [" in html
-    assert f"<strong>{verdict}</strong>" in html and "Synthetic data" not in html
+    sentence = f"On the same 40 val clips the CRNN {verdict} the baseline CNN, {difference} ["
+    assert 0 < shown.index(sentence) < shown.index("Results")
+    assert "Synthetic data" not in shown and "FMA's official split" in shown
+
+
+def test_the_control_stands_in_the_same_sentence(project):
+    write_notebook(project)
+    for model, n_right in (("baseline", 4), ("crnn", 36), ("crnn_no_gru", 36)):
+        write_metrics(project, model, n_right)
+    shown = words(write_report("a_run").read_text())
+    assert re.search(
+        r"is ahead of the baseline CNN, \+0\.800 \[.*?\], and "
+        r"cannot be told apart from the CRNN without GRU, \+0\.000 \[.*?\]\.",
+        shown,
+    )
+
+
+def test_the_interval_says_how_many_artists_it_rests_on(project):
+    """Artist 1 has 31 of 40 clips, nine more one each: 40² / (31² + 9) = 1.65."""
+    write_notebook(project)
+    write_metrics(project, "baseline", 20)
+    write_metrics(project, "crnn", 36)
+    assert "Who made each clip is not known" in words(write_report("a_run").read_text())
+    columns = pd.MultiIndex.from_tuples(
+        [("set", "split"), ("set", "subset"), ("track", "genre_top"), ("track", "title"), ("artist", "id")]
+    )
+    rows = [("validation", "small", "Folk", "a title", max(1, int(t) - 29)) for t in TRACKS]
+    tracks = project / "data" / "raw" / "fma_metadata" / "tracks.csv"
+    tracks.parent.mkdir(parents=True)
+    index = pd.Index(map(int, TRACKS), name="track_id")
+    pd.DataFrame(rows, columns=columns, index=index).to_csv(tracks)
+    shown = words(write_report("a_run").read_text())
+    assert "by 10 artists" in shown and "count as 2 artists with equally many" in shown
 
 
 def test_models_that_met_other_clips_are_not_compared(project):
     write_notebook(project)
     write_metrics(project, "baseline", 20)
     write_metrics(project, "crnn", 20, dict.fromkeys(TRACKS[:30], "Folk"))
-    html = write_report("a_run").read_text()
-    assert "CRNN −" not in html and "baseline CNN" in html
+    page = write_report("a_run").read_text()
+    assert "On the same" not in page and "baseline CNN" in page
 
 
 def test_the_settings_of_all_models_stand_side_by_side(project):
     write_notebook(project)
     write_metrics(project, "baseline", 20)
     write_metrics(project, "crnn", 20)
-    html = write_report("a_run").read_text()
-    assert '<th scope="row">epochs</th><td>3</td><td>3</td>' in html
-    assert '<th scope="row">lr</th><td></td><td>0.1</td>' in html
+    page = write_report("a_run").read_text()
+    assert '<th scope="row">epochs</th><td>3</td><td>3</td>' in page
+    assert '<th scope="row">lr</th><td></td><td>0.1</td>' in page

@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import nbformat
+import numpy as np
 from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
@@ -25,14 +27,14 @@ from fma_nb.evaluation import (
     paired_difference,
     result_summary,
 )
-from fma_nb.metadata import artist_groups
+from fma_nb.metadata import artist_groups, artists_known
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 
 _TEMPLATES = Path(__file__).parent
 _SHOWN_CONFIG = ("dataset", "preset", "device", "date", "fingerprint")
-_COMPARED = (("crnn", "baseline"), ("crnn", "crnn_no_gru"))
-_PIXEL_RATIO = 1.6  # dots of a stored figure for one of the page: labels stay readable, and sharp
+_COMPARED = ("baseline", "crnn_no_gru")  # with the CRNN
+_PIXEL_RATIO = 1.8  # dots of a stored figure for one of the page: as large as in the notebooks, and sharp
 
 
 def write_report(run: str) -> Path:
@@ -57,7 +59,7 @@ def write_report(run: str) -> Path:
         run=run,
         pages=pages,
         results=_results(found),
-        differences=list(_differences(found)),
+        verdict=_verdict(found),
         synthetic=any(m["synthetic"] for m in metrics),
         figures=list(_figures(folder / "figures")),
         facts=_facts(metrics),
@@ -86,6 +88,7 @@ def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
     )
     resources = {"metadata": {"name": title}, "code_style": _code_style()}
     html, _ = exporter.from_notebook_node(notebook, resources)
+    html = re.sub("<table.*?</table>", r'<div class="scroll">\g<0></div>', html, flags=re.DOTALL)
     page = report_dir / f"{path.stem}.html"
     with atomic_path(page) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -113,35 +116,41 @@ def _code_style() -> str:
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
 
 
-def _results(found: dict[str, Metrics]) -> list[dict[str, str]]:
-    named = {_shown_name(model): metrics for model, metrics in found.items()}
-    return result_summary(named).to_dict("records")
+def _results(found: dict[str, Metrics]) -> dict[str, list[str]]:
+    """Return the result table: the names of the models, then a row a quantity. So it fits a phone."""
+    table = result_summary({_shown_name(model): metrics for model, metrics in found.items()})
+    return {name: list(table[name]) for name in table}
 
 
-def _differences(found: dict[str, Metrics]) -> Iterator[dict[str, str]]:
-    """Answer the report's question: who is ahead on the same clips, by how much, and how surely."""
-    for pair in _COMPARED:
-        if any(model not in found for model in pair):
-            continue
-        ours, theirs = (found[model] for model in pair)
-        split = next(split for split in reversed(EVALUATION_SPLITS) if split in ours["labels"])
-        if ours["labels"] != theirs["labels"]:
-            continue
-        correct = correct_matrix(ours, split)
-        artists = artist_groups(ours["dataset"], list(correct.columns))
-        estimate = paired_difference(correct, correct_matrix(theirs, split), artists)
-        yield {
-            "names": " − ".join(map(_shown_name, pair)),
-            "split": split,
-            "estimate": str(estimate).replace("-", "−"),
-            "verdict": _verdict(estimate),
-        }
+def _verdict(found: dict[str, Metrics]) -> dict[str, Any]:
+    """Answer the report's question: on the same clips, who is ahead, by how much, and how surely."""
+    ours = found.get("crnn", {"labels": {}})
+    others = [name for name in _COMPARED if name in found and found[name]["labels"] == ours["labels"]]
+    if not others:
+        return {}
+    split = next(split for split in reversed(EVALUATION_SPLITS) if split in ours["labels"])
+    correct = correct_matrix(ours, split)
+    artists = artist_groups(ours["dataset"], list(correct.columns))
+    estimates = {
+        name: paired_difference(correct, correct_matrix(found[name], split), artists) for name in others
+    }
+    sizes = np.unique(artists, return_counts=True)[1]
+    return {
+        "split": split,
+        "clips": len(artists),
+        "artists": len(sizes) if artists_known(ours["dataset"]) else 0,
+        "effective": round(len(artists) ** 2 / (sizes**2).sum()),
+        "comparisons": [
+            (_in_words(estimate), _shown_name(model), str(estimate).replace("-", "−"))
+            for model, estimate in estimates.items()
+        ],
+    }
 
 
-def _verdict(estimate: Estimate) -> str:
+def _in_words(estimate: Estimate) -> str:
     if estimate.low > 0:
-        return "ahead"
-    return "behind" if estimate.high < 0 else "cannot be told apart"
+        return "is ahead of"
+    return "is behind" if estimate.high < 0 else "cannot be told apart from"
 
 
 def _shown_name(model: str) -> str:
