@@ -116,7 +116,7 @@ def test_the_loop_of_notebook_03_is_the_packages():
     ours = seeded_baseline()
     trained = namespace["train_one_epoch"](ours.model, batches, ours.optimizer)
     judged = namespace["evaluate"](ours.model.train(), batches)
-    theirs, cpu = seeded_baseline(), torch.device("cpu")
+    theirs = seeded_baseline()
     plain = recipe.Recipe(bfloat16=False)
     assert trained == pytest.approx(training.train_one_epoch(theirs, batches, plain))
     assert judged == pytest.approx(training.evaluate(theirs.model.train(), batches, False))

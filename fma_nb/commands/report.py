@@ -6,7 +6,6 @@ Everything is inside the files themselves: the page opens by double click and fe
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from fma_nb.evaluation import (
 from fma_nb.metadata import artist_groups, artists_known
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
+from fma_nb.runs.experiment import read_metrics
 
 _TEMPLATES = Path(__file__).parent
 _SHOWN_CONFIG = ("dataset", "preset", "device", "date", "fingerprint")
@@ -51,8 +51,9 @@ def write_report(run: str) -> Path:
         raise FmaNbError(f"{folder} holds no executed notebooks: run 'fma-nb run --run {run}' first.")
     report_dir = folder / "report"
     pages = [_write_page(path, report_dir) for path in notebooks]
-    metrics = [json.loads(path.read_text()) for path in sorted((folder / "metrics").glob("*.json"))]
-    found = {m["model"]: m for m in metrics}
+    models = sorted(path.stem for path in (folder / "metrics").glob("*.json"))
+    found = {model: read_metrics(run, [model])[model] for model in models}
+    metrics = list(found.values())
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = templates.get_template("report.html.j2").render(
