@@ -52,7 +52,9 @@ def write_metrics(project, model, n_right, labels=None):
         "versions": {"torch": "2.11"},
         "date": "2026-11-24",
         "labels": {"val": labels},
-        "seeds": [{"seed": seed, "seconds": 1.0, "val": result} for seed in range(2)],
+        "seeds": [
+            {"seed": seed, "seconds": 1.0, "last_val_accuracy": 0.5, "val": result} for seed in range(2)
+        ],
     }
     path = project / "outputs" / "a_run" / "metrics" / f"{model}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,3 +166,12 @@ def test_the_settings_of_all_models_stand_side_by_side(project):
     page = write_report("a_run").read_text()
     assert '<th scope="row">epochs</th><td>3</td><td>3</td>' in page
     assert '<th scope="row">lr</th><td></td><td>0.1</td>' in page
+
+
+def test_a_damaged_metrics_file_is_named(project):
+    write_notebook(project)
+    write_metrics(project, "baseline", 20)
+    path = project / "outputs" / "a_run" / "metrics" / "baseline.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(FmaNbError, match=r"baseline\.json is damaged"):
+        write_report("a_run")
