@@ -147,7 +147,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or the folder cannot be used at all
+            temporary.unlink()
 
 
 def make_folder(folder: Path) -> None:
@@ -159,10 +160,11 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `FmaNbError` unless files can be written to a folder, which is made where it is missing."""
-    with atomic_path(folder / ".writable") as temporary:
+    """Raise `FmaNbError` unless files can be written to a folder, or to the one that it would be made in."""
+    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+    with atomic_path(existing / ".writable") as temporary:
         temporary.touch()
-    (folder / ".writable").unlink()
+    (existing / ".writable").unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> FmaNbError:

@@ -91,19 +91,21 @@ def test_a_headless_run_has_its_pictures(run: Typed) -> None:
 
 def test_metrics_of_other_data_are_refused_also_by_an_optimized_python(run: Typed) -> None:
     code = """
+from pathlib import Path
 from fma_nb.bulk.pack import load_pack
 from fma_nb.project import FmaNbError
 from fma_nb.runs.experiment import read_metrics
+print(list(read_metrics("fma_small", ["baseline"], load_pack("fma_small", "compact"))))
+next(Path("mydata").rglob("train/Rock/*.png")).unlink()
 try:
-    print(list(read_metrics("fma_small", ["baseline"], load_pack("fma_small", "compact"))))
+    read_metrics("fma_small", ["baseline"], load_pack("fma_small", "compact"))
 except FmaNbError as error:
     print(error)
 """
     named = {"FMA_NB_DATA": "mydata", "FMA_NB_OUTPUTS": "out", "PYTHONOPTIMIZE": "1"}
-    assert typed_in(run.box, "-c", code, **named).stdout == b"['baseline']\n"
-    next((run.box / "mydata").rglob("train/Rock/*.png")).unlink()
-    answer = typed_in(run.box, "-c", code, **named).stdout.decode().strip()
-    assert_one_sentence(FmaNbError(answer), "baseline.json", "other spectrograms")
+    lines = typed_in(run.box, "-c", code, **named).stdout.decode().splitlines()
+    assert "['baseline']" in lines
+    assert_one_sentence(FmaNbError(lines[-1]), "baseline.json", "other spectrograms")
 
 
 # ----- folders -----
@@ -232,12 +234,10 @@ def test_a_file_name_in_any_bytes_and_an_output_without_blocks(songs: Path) -> N
     assert found[0]["probabilities"] == found[1]["probabilities"]
 
 
-@pytest.mark.parametrize(("song", "status"), [("a.wav", 0), ("missing.wav", 2)])
-def test_a_closed_output_changes_no_exit_status(songs: Path, song: str, status: int) -> None:
+def test_a_closed_output_changes_no_exit_status(songs: Path) -> None:
     code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    done = typed_in(songs, "-c", code, "-m", "fma_nb", "predict", song)
-    assert (done.returncode, done.stdout) == (status, b"")
-    assert done.stderr.count(b"\n") == (status != 0)
+    done = typed_in(songs, "-c", code, "-m", "fma_nb", "predict", "a.wav")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_hours_of_music_take_no_more_memory_than_minutes(tmp_path: Path) -> None:
