@@ -188,7 +188,7 @@ def probability_bars(ax: Axes, probabilities: Mapping[str, float]) -> Axes:
 
 def spectrogram_image(ax: Axes, image: Bands, seconds: float, title: str = "") -> Axes:
     """Draw what the network sees [shape=(n_mels, n_frames)], highest band on top. Notebooks 04, 05."""
-    return _show_bands(ax, image, seconds, len(image), title, cmap="magma", interpolation="nearest")
+    return _show_bands(ax, image, seconds, len(image), title, cmap=COARSE_MAGMA, interpolation="nearest")
 
 
 def saliency_map(ax: Axes, support: Bands, seconds: float, n_mels: int, title: str = "") -> Axes:

@@ -29,7 +29,8 @@ def executed(path: Path) -> nbformat.NotebookNode:
     """Execute a notebook; return it with only what may be committed."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, kernel_name="python3", resources=where).execute()
+    quiet = ["--IPKernelApp.log_level=40"]
+    NotebookClient(notebook, kernel_name="python3", resources=where, extra_arguments=quiet).execute()
     strip(notebook)
     return notebook
 
