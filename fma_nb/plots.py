@@ -155,7 +155,7 @@ def ablation_plot(ax: Axes, table: pd.DataFrame) -> Axes:
 
 def reliability_plot(ax: Axes, tables: dict[str, pd.DataFrame]) -> Axes:
     """Draw two named `fma_nb.calibration.reliability` tables; a dot's area tells its clips. Notebook 05."""
-    ax.plot([0, 1], [0, 1], color=DARK_GREY, linewidth=1, linestyle="--", label="as sure as right")
+    ax.plot([0, 1], [0, 1], color=DARK_GREY, linewidth=1, linestyle="--", label="perfect calibration")
     for (name, table), color in zip(tables.items(), (ORANGE, BLUE), strict=True):
         ax.plot(table["confidence"], table["accuracy"], color=color, label=name)
         area = 25 + 300 * table["clips"] / table["clips"].sum()

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+with warnings.catch_warnings():  # librosa imports this, too; in a kernel without ipywidgets it warns, once
+    warnings.simplefilter("ignore")
+    import tqdm.auto as _  # noqa: F401
 
 REDRAW_S = 0.5
 
