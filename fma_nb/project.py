@@ -159,14 +159,6 @@ def make_folder(folder: Path) -> None:
         raise cannot_write(folder, error) from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raise `FmaNbError` unless files can be written to a folder, or to the one that it would be made in."""
-    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
-    with atomic_path(existing / ".writable") as temporary:
-        temporary.touch()
-    (existing / ".writable").unlink(missing_ok=True)
-
-
 def cannot_write(path: Path, error: OSError) -> FmaNbError:
     """Return the sentence for a file or folder that cannot be written."""
     return FmaNbError(

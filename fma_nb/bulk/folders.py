@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from fma_nb.project import cannot_write, make_folder
+from fma_nb.project import atomic_path, cannot_write, make_folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `FmaNbError` unless files can be written to a folder, or to the one that it would be made in."""
+    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+    with atomic_path(existing / ".writable") as temporary:
+        temporary.touch()
+    (existing / ".writable").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from typing import Any
 import pandas as pd
 import soundfile as sf
 
-from fma_nb.bulk.folders import clear_temporaries, locked
+from fma_nb.bulk.folders import check_writable, clear_temporaries, locked
 from fma_nb.bulk.workers import CRASHED, NO_MEMORY, run_locally, run_on_cluster
 from fma_nb.metadata import MISSING, Index, load_index
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, check_writable, spectrogram_dir
+from fma_nb.project import FmaNbError, atomic_path, spectrogram_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB, Preset, get_preset, make_spectrogram, png_path
 
 MAX_UNREADABLE = 0.05

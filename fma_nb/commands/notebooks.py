@@ -19,6 +19,7 @@ import papermill
 from jupyter_client.kernelspec import KernelSpecManager
 from papermill.exceptions import PapermillExecutionError
 
+from fma_nb.bulk.folders import check_writable
 from fma_nb.bulk.pack import load_pack, scan_pngs
 from fma_nb.commands.parameters import typed
 from fma_nb.commands.report import write_report
@@ -28,7 +29,6 @@ from fma_nb.project import (
     SYNTHETIC_DATASETS,
     FmaNbError,
     check_dataset,
-    check_writable,
     metadata_dir,
     project_root,
     run_dir,
