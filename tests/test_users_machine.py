@@ -240,6 +240,17 @@ def test_a_closed_output_changes_no_exit_status(songs: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+def test_a_full_disk_is_one_sentence(songs: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fma_nb", "predict", str(songs / "a.wav")],
+            stdout=full,
+            stderr=-1,
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines() == ["fma-nb: the output: No space left on device."]
+
+
 def test_hours_of_music_take_no_more_memory_than_minutes(tmp_path: Path) -> None:
     write_mp3(tmp_path / "minutes.mp3", music(0, 8000, 1, 30), 8000)
     mp3 = (tmp_path / "minutes.mp3").read_bytes()

@@ -41,12 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fma-nb: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # its reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        print(f"fma-nb: {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
+        _discard_output()
+        return 2
     except KeyboardInterrupt:
         print("fma-nb: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def _discard_output() -> None:
+    """Let Python's own last flush succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fix_folders(options: argparse.Namespace) -> None:
