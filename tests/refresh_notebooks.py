@@ -29,7 +29,7 @@ def executed(path: Path) -> nbformat.NotebookNode:
     """Execute a notebook; return it with only what may be committed."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    quiet = ["--IPKernelApp.log_level=40"]
+    quiet = ["--IPKernelApp.log_level=50"]
     NotebookClient(notebook, kernel_name="python3", resources=where, extra_arguments=quiet).execute()
     strip(notebook)
     return notebook

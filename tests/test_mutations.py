@@ -603,10 +603,10 @@ MISTAKES = [
         "notebooks/02_spectrograms.ipynb",
     ),
     Mistake(
-        "artists of test looked up in test in notebook 01",
+        "artists of validation looked up in validation in notebook 01",
         "notebooks/01_eda.ipynb",
-        'return test[\\"artist_id\\"].isin(train[\\"artist_id\\"]).mean()',
-        'return test[\\"artist_id\\"].isin(test[\\"artist_id\\"]).mean()',
+        'return val[\\"artist_id\\"].isin(train[\\"artist_id\\"]).mean()',
+        'return val[\\"artist_id\\"].isin(val[\\"artist_id\\"]).mean()',
         "notebooks/01_eda.ipynb",
     ),
     Mistake(

@@ -231,7 +231,7 @@ def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str) -> No
             kernel_name=kernel,
             cwd=str(notebook_path(name).parent),
             progress_bar={"desc": name, "disable": None, "leave": False},
-            extra_arguments=["--IPKernelApp.log_level=40"],
+            extra_arguments=["--IPKernelApp.log_level=50"],
         )
     except PapermillExecutionError as error:
         raise FmaNbError(
