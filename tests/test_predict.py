@@ -327,7 +327,7 @@ def leave_out(path: Path) -> None:
         (write_silence, "silent"),
         (write_silent_mp3, "silent"),
         (write_long_silence, "silent"),
-        (write_folder, "is a folder without audio files"),
+        (write_folder, "a folder without audio files"),
         (leave_out, "missing"),
     ],
 )

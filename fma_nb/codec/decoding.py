@@ -160,7 +160,7 @@ def open_audio(path: Path) -> Iterator[AudioFile]:
         When the file is missing, empty or holds no audio that libsndfile knows.
     """
     if not path.is_file():
-        raise UnreadableClipError("file missing")
+        raise UnreadableClipError("a folder without audio files" if path.is_dir() else "file missing")
     try:
         with path.open("rb", buffering=0) as file:
             if not os.fstat(file.fileno()).st_size:

@@ -87,8 +87,6 @@ def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str,
         When the file cannot be decoded, is shorter than 1 s, or is silent.
     """
     classifier = classifier or load_classifier()
-    if Path(path).is_dir():
-        raise FmaNbError(f"{path} is a folder without audio files ({', '.join(sorted(AUDIO_ENDINGS))}).")
     try:
         windows = [
             _window_probabilities(batch, classifier) for batch in _image_batches(Path(path), classifier)
