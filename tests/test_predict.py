@@ -349,7 +349,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(
 
     if path.is_dir():  # the command takes a folder for the songs in it
         assert main(["predict", str(path)]) == 2
-        assert_one_sentence(refusal(capsys), path, ".mp3")
+        assert capsys.readouterr().out == f"{caught.value}\n"
         return
     # The files before it and after it have their answers, in both forms.
     songs = [str(song), str(path), str(song)]
