@@ -166,7 +166,7 @@ def leave_out(path: Path, _: Path) -> None:
         (write_silence, "digital silence"),
         (write_not_finite, "not finite"),
         (write_nothing, "file empty"),
-        (write_folder, "file missing"),
+        (write_folder, "a folder"),
         (leave_out, "file missing"),
     ],
 )
