@@ -5,10 +5,9 @@ The flat modules are the stages that data passes through, each importing only fr
     metadata -> audio -> spectrogram -> dataset -> model -> recipe, augmentation, optimization -> training
     -> evaluation, calibration -> plots
 
-The rooms hold the machinery around them: ``bulk`` (many clips), ``raw`` (how music gets here), ``runs`` (many
-epochs, seeds and rows), ``commands`` (the command line, the notebook runner, the report). A room imports
-from the flat modules and from rooms before it; nothing flat imports from a room. One room lies below the flat
-modules: ``codec``, which turns the bytes of an audio file into samples and knows nothing of the rest.
+The rooms hold the machinery around them: ``bulk`` (many clips), ``raw`` (downloads and the synthetic set),
+``runs`` (many epochs, seeds and rows), ``commands`` (the command line, the notebook runner, the report). A room
+imports from the flat modules and from rooms before it. Flat modules import only one: ``codec``, which decodes.
 """
 
 import os

@@ -185,11 +185,12 @@ def check_artists(rows: pd.DataFrame) -> None:
         raise FmaNbError(f"tracks.csv: artist {shared[0]} has tracks in more than one split.")
 
 
-def load_index(dataset: str) -> Index:
+def load_index(dataset: str, *, partial: bool = False) -> Index:
     """Build the index of a dataset from its ``tracks.csv`` and the MP3s that are on the disk.
 
     FMA's known broken clips are dropped by id, missing and empty files by name. Clips that turn out
-    to be undecodable are listed by the spectrogram stage, which decodes every one.
+    to be undecodable are listed by the spectrogram stage, which decodes every one. With ``partial`` a
+    split may lack a genre.
 
     Raises
     ------
@@ -207,7 +208,9 @@ def load_index(dataset: str) -> Index:
     dropped = rows[rows["reason"].notna()][["track_id", "path", "reason"]]
     if kept.empty:
         raise FmaNbError(_none_there(dataset, len(rows)))
-    _check_splits(kept, dataset, f" ({len(kept):,} of {len(rows):,} clips are there): {how_to_get(dataset)}")
+    if not partial:
+        there = f" ({len(kept):,} of {len(rows):,} clips are there): {how_to_get(dataset)}, or give --partial"
+        _check_splits(kept, dataset, there)
     return Index(kept.reset_index(drop=True), dropped.reset_index(drop=True))
 
 

@@ -183,6 +183,8 @@ def test_a_genre_that_lacks_its_clips_stops_the_work_before_it_begins(data: Path
         make()
     assert_one_sentence(caught.value, "'val'", "'Electronic'", "39 of 40", "fma-nb download")
     assert not (data / "spectrograms").exists()
+    skipped = make_spectrograms("fma_small", "compact", workers=1, partial=True)
+    assert set(skipped["reason"]) == {"file missing"}
 
 
 # ----- clips that were skipped -----

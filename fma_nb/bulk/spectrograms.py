@@ -37,6 +37,7 @@ def make_spectrograms(
     workers: int | None = None,
     scheduler: str | None = None,
     progress: bool = True,
+    partial: bool = False,
 ) -> pd.DataFrame:
     """Make the PNGs of a whole dataset that are not there yet, over all cores.
 
@@ -54,6 +55,8 @@ def make_spectrograms(
         Address of a Dask scheduler whose workers do the work instead (`fma_nb.bulk.workers`).
     progress
         Show a progress bar.
+    partial
+        Go on where a split lacks a genre, for a first look at a download that has only begun.
 
     Returns
     -------
@@ -67,7 +70,7 @@ def make_spectrograms(
         made with other settings, or more than 5 % of the MP3s are unreadable: the good PNGs stay.
     """
     preset = get_preset(preset_name)
-    index = load_index(dataset)
+    index = load_index(dataset, partial=partial)
     folder = spectrogram_dir(dataset, preset_name)
     if progress:
         _tell_missing(index)

@@ -181,6 +181,7 @@ def _add_spectrograms(commands: Commands) -> None:
     where.add_argument(
         "--scheduler", metavar="tcp://HOST:PORT", help="use the workers of this Dask scheduler"
     )
+    command.add_argument("--partial", action="store_true", help="go on though a split lacks a genre")
     command.set_defaults(command=_spectrograms)
 
 
@@ -188,7 +189,11 @@ def _spectrograms(options: argparse.Namespace) -> None:
     from fma_nb.bulk.spectrograms import make_spectrograms
 
     skipped = make_spectrograms(
-        options.dataset, options.preset, workers=options.workers, scheduler=options.scheduler
+        options.dataset,
+        options.preset,
+        workers=options.workers,
+        scheduler=options.scheduler,
+        partial=options.partial,
     )
     print(f"The spectrograms are in {_shown(spectrogram_dir(options.dataset, options.preset))}")
     print(f"{len(skipped)} clips were skipped" + (":" if len(skipped) else "."))
