@@ -6,8 +6,8 @@ The flat modules are the stages that data passes through, each importing only fr
     -> evaluation, calibration -> plots
 
 The rooms hold the machinery around them: ``bulk`` (many clips), ``raw`` (downloads and the synthetic set),
-``runs`` (many epochs, seeds and rows), ``commands`` (the command line, the notebook runner, the report). A room
-imports from the flat modules and from rooms before it. Flat modules import only one: ``codec``, which decodes.
+``runs`` (many epochs, seeds and rows), ``commands`` (the command line, the notebook runner, the report). They
+import from the flat modules and from rooms before them. Flat modules import from one alone: ``codec``.
 """
 
 import os
