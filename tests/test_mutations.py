@@ -568,9 +568,9 @@ MISTAKES = [
     ),
     Mistake(
         "eval() missing in prediction",
-        "fma_nb/commands/predict.py",
-        "network_of(saved, path).eval()",
-        "network_of(saved, path)",
+        "fma_nb/runs/checkpoint.py",
+        "return network.eval()",
+        "return network",
         "tests/test_predict.py::test_the_shipped_network_is_in_evaluation_mode",
     ),
     Mistake(

@@ -67,7 +67,7 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
     temperature = saved.get("temperature", 1.0)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise FmaNbError(f"{path} has temperature {temperature!r}, which must be a number above 0.")
-    network = network_of(saved, path).eval()
+    network = network_of(saved, path)
     return Classifier(network, tuple(saved["genres"]), saved["preset"], temperature)
 
 
