@@ -50,7 +50,7 @@ def run_locally(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: floa
     workers
         Number of processes, a core each.
     cpu_limit_s
-        Processor time that a job may use, in s.
+        Processor time that a job may use, in s; 0 sets no limit.
 
     Yields
     ------
@@ -194,8 +194,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def run_on_cluster(work: Work, jobs: Iterable[Job], scheduler: str) -> Outcomes:
+def run_on_cluster(
+    work: Work, jobs: Iterable[Job], scheduler: str, timeout_s: float | None = CLIP_TIMEOUT_S
+) -> Outcomes:
     """Do as `run_locally` does, on the workers of a Dask scheduler, for example ``tcp://10.0.0.1:8786``.
+
+    When nothing is finished within ``timeout_s``, what the workers have in hand is given up; ``None`` never
+    gives up.
 
     Scheduler and workers need this package, and the workers must see the same files under the same
     paths. Workers may join, leave and die while it runs: Dask gives what they had in hand to the others.
@@ -215,7 +220,7 @@ def run_on_cluster(work: Work, jobs: Iterable[Job], scheduler: str) -> Outcomes:
                 waiting[client.submit(work, *job, pure=False)] = job
             if not waiting:
                 return
-            for future, reason in _finished(client, list(waiting), scheduler):
+            for future, reason in _finished(client, list(waiting), scheduler, timeout_s):
                 yield waiting.pop(future), reason
 
 
@@ -242,22 +247,26 @@ def _check_workers(client: Any, scheduler: str) -> None:
         )
 
 
-def _finished(client: Any, futures: list[Any], scheduler: str) -> list[tuple[Any, str | None]]:
+def _finished(
+    client: Any, futures: list[Any], scheduler: str, timeout_s: float | None
+) -> list[tuple[Any, str | None]]:
     """Wait for a job that is done. When there is none for too long, restart the workers that are at work."""
     from distributed import wait
 
     with contextlib.suppress(TimeoutError):
-        wait(futures, timeout=CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED")
+        wait(futures, timeout=timeout_s or CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED")
     if done := [(future, _cluster_outcome(future)) for future in futures if future.done()]:
         return done
     _check_workers(client, scheduler)
+    if timeout_s is None:
+        return []
     in_hand: dict[str, list[str]] = client.run(
         lambda dask_worker: [task.key for task in dask_worker.state.executing], on_error="ignore"
     )
     hanging = [future for future in futures if any(future.key in keys for keys in in_hand.values())]
     client.cancel(hanging, force=True)
     client.restart_workers([address for address, keys in in_hand.items() if keys], raise_for_error=False)
-    return [(future, f"no result within {CLIP_TIMEOUT_S:g} s") for future in hanging]
+    return [(future, f"no result within {timeout_s:g} s") for future in hanging]
 
 
 def _cluster_outcome(future: Any) -> str | None:

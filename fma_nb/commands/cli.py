@@ -223,8 +223,13 @@ def _add_ablate(commands: Commands) -> None:
     command = commands.add_parser("ablate", help="train the final recipe without each of its ingredients")
     _add_run_options(command)
     command.add_argument("--rows", default="", help="rows of the table, e.g. final,no_gru (default: all)")
-    command.add_argument("--seeds", type=int, default=3, help="trainings a row (default: 3)")
-    command.add_argument("--folds", type=int, default=0, help="cross-validate the final recipe instead")
+    command.add_argument("--seeds", type=int, help="seeds a row (default: 3; 1 with --folds)")
+    command.add_argument("--folds", type=int, default=0, help="folds by artist over train and val (e.g. 5)")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, help="trainings side by side (default: all cores; 1 on a GPU)")
+    where.add_argument(
+        "--scheduler", default="", metavar="tcp://HOST:PORT", help="train on this Dask cluster"
+    )
     _add_parameters(command, "change the final recipe")
     command.set_defaults(command=_ablate)
 
@@ -233,27 +238,34 @@ def _ablate(options: argparse.Namespace) -> None:
     from fma_nb.bulk.pack import load_pack
     from fma_nb.commands.parameters import changed_recipe
     from fma_nb.recipe import default_recipe
-    from fma_nb.runs.ablation import ALL_ROWS, ablation_table, cross_validate, run_ablation
+    from fma_nb.runs.ablation import ALL_ROWS, ablation_table, run_ablation, write_tables
     from fma_nb.training import resolve_device
 
     run, device = options.run or options.dataset, resolve_device(options.device)
-    base = changed_recipe(default_recipe("crnn"), options.parameters)
-    pack = load_pack(options.dataset, options.preset)
-    if options.folds:
-        accuracies = cross_validate(pack, run, base, options.folds, device)
-        print(f"{len(accuracies)} folds of the training split: ", end="")
-        print(", ".join(f"{a:.4f}" for a in accuracies), f"mean {sum(accuracies) / len(accuracies):.4f}")
-        return
-    rows = list(filter(None, options.rows.split(","))) or ALL_ROWS
-    path = run_ablation(pack, run, rows, base, options.seeds, device)
-    table = ablation_table(run)
-    print(table.round(4).to_string(index=False))
+    run_ablation(
+        load_pack(options.dataset, options.preset),
+        run,
+        list(filter(None, options.rows.split(","))) or ALL_ROWS,
+        changed_recipe(default_recipe("crnn"), options.parameters),
+        device,
+        n_seeds=options.seeds if options.seeds is not None else 1 if options.folds else 3,
+        n_folds=options.folds,
+        jobs=options.jobs
+        if options.jobs is not None
+        else 1
+        if device.type == "cuda"
+        else os.cpu_count() or 1,
+        scheduler=options.scheduler,
+    )
+    table = ablation_table(run, options.folds)
+    shown = [name for name in table if not name.endswith(("_low", "_high"))]
+    print(table[shown].round(4).to_string(index=False))
     if len(table) > 1:
-        _draw_ablation(run, table)
-    print(f"Every training is a line of {_shown(path)}")
+        _draw_ablation(run, table, options.folds)
+    print("Written:", *(_shown(path) for path in write_tables(run, table, options.folds)), sep="\n  ")
 
 
-def _draw_ablation(run: str, table: pd.DataFrame) -> None:
+def _draw_ablation(run: str, table: pd.DataFrame, n_folds: int) -> None:
     import matplotlib.pyplot as plt
 
     from fma_nb.plots import ablation_plot, save_figure, use_style
@@ -261,9 +273,11 @@ def _draw_ablation(run: str, table: pd.DataFrame) -> None:
     use_style()
     figure, ax = plt.subplots(figsize=(8, 1 + 0.36 * len(table)))
     ablation_plot(ax, table).set_title("One thing changed (seeds)")
-    caption = "Ablation on validation: change in accuracy with 95 % intervals when one thing is changed."
-    save_figure(figure, run, "11_ablation", caption)
-    print(f"The table is drawn in {_shown(run_dir(run) / 'figures' / '11_ablation.png')}")
+    clips = f"{n_folds} folds by artist" if n_folds else "validation"
+    caption = f"Ablation on {clips}: change in accuracy with 95 % intervals when one thing is changed."
+    name = "12_folds" if n_folds else "11_ablation"
+    save_figure(figure, run, name, caption)
+    print(f"The table is drawn in {_shown(run_dir(run) / 'figures' / f'{name}.png')}")
 
 
 def _add_export(commands: Commands) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from fma_nb.bulk.pack import load_pack
 from fma_nb.dataset import Pack
-from fma_nb.evaluation import bootstrap_accuracy, evaluate_split
-from fma_nb.metadata import artist_groups, artists_known
+from fma_nb.evaluation import bootstrap_accuracy, effective_artists, evaluate_split
+from fma_nb.metadata import artists_known
 from fma_nb.project import SHIPPED_WEIGHTS, SYNTHETIC_DATASETS
 from fma_nb.runs.checkpoint import load_checkpoint, load_model
 from fma_nb.runs.experiment import metrics_path, read_metrics, trained_models
@@ -45,19 +45,28 @@ def evaluate_run(run: str, model: str, dataset: str, preset: str, split: str, de
 
 def _evaluation_text(results: Sequence[dict[str, Any]], pack: Pack, split: str) -> str:
     clips = pack.split(split)
+    artists = clips.artists.tolist()
     labels = np.array([pack.genres[label] for label in clips.labels])
     predicted = [list(result["predictions"].values()) for result in results]
     correct = pd.DataFrame(np.array(predicted) == labels, columns=clips.track_ids).astype(float)
-    interval = bootstrap_accuracy(correct, artist_groups(pack.dataset, clips.track_ids.tolist()))
+    estimates = {
+        "accuracy": bootstrap_accuracy(correct, artists),
+        "artist-balanced accuracy": bootstrap_accuracy(correct, artists, labels.tolist()),
+    }
     recall = correct.T.groupby(labels).mean().mean(axis=1)
     known = artists_known(pack.dataset)
     groups = "artists" if known else "clips"
     drawn = f"{groups} and seeds" if len(results) > 1 else f"{groups}, of this one network"
     hint = "" if known else "; for artists get the metadata with 'fma-nb download metadata'"
-    lines = [
-        f"{len(clips)} {'synthetic ' * (pack.dataset in SYNTHETIC_DATASETS)}clips, {len(results)} seed(s)",
-        f"accuracy  {interval.value:.4f}",
-        f"95 % interval  {interval.low:.4f} to {interval.high:.4f}, over {drawn}{hint}",
+    many = f" by {len(set(artists))} artists, who count as {effective_artists(artists):.0f}" if known else ""
+    synthetic = "synthetic " * (pack.dataset in SYNTHETIC_DATASETS)
+    lines = [f"{len(clips)} {synthetic}clips{many}, {len(results)} seed(s)"]
+    for name, estimate in estimates.items():
+        lines += [
+            f"{name}  {estimate.value:.4f}",
+            f"  95 % interval  {estimate.low:.4f} to {estimate.high:.4f}, over {drawn}{hint}",
+        ]
+    lines += [
         f"macro-F1  {np.mean([result['macro_f1'] for result in results]):.4f}",
         "recall by genre:",
     ]

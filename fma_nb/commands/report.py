@@ -13,7 +13,6 @@ from typing import Any
 
 import jinja2
 import nbformat
-import numpy as np
 from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
@@ -22,11 +21,13 @@ from fma_nb.evaluation import (
     EVALUATION_SPLITS,
     Estimate,
     Metrics,
+    clip_table,
     correct_matrix,
+    effective_artists,
     paired_difference,
     result_summary,
 )
-from fma_nb.metadata import artist_groups, artists_known
+from fma_nb.metadata import artists_known
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 from fma_nb.runs.experiment import read_metrics
@@ -131,16 +132,15 @@ def _verdict(found: dict[str, Metrics]) -> dict[str, Any]:
         return {}
     split = next(split for split in reversed(EVALUATION_SPLITS) if split in ours["labels"])
     correct = correct_matrix(ours, split)
-    artists = artist_groups(ours["dataset"], list(correct.columns))
+    artists = clip_table(ours, split)["artist"].tolist()
     estimates = {
         name: paired_difference(correct, correct_matrix(found[name], split), artists) for name in others
     }
-    sizes = np.unique(artists, return_counts=True)[1]
     return {
         "split": split,
         "clips": len(artists),
-        "artists": len(sizes) if artists_known(ours["dataset"]) else 0,
-        "effective": round(len(artists) ** 2 / (sizes**2).sum()),
+        "artists": len(set(artists)) if artists_known(ours["dataset"]) else 0,
+        "effective": round(effective_artists(artists)),
         "comparisons": [
             (_in_words(estimate), _shown_name(model), str(estimate).replace("-", "−"))
             for model, estimate in estimates.items()
