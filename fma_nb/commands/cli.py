@@ -209,14 +209,20 @@ def _add_evaluate(commands: Commands) -> None:
     names = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled"
     command.add_argument("--model", default="crnn", help=f"{names} (default: crnn)")
     command.add_argument("--split", default="val", choices=("train", "val", "test"))
+    command.add_argument(
+        "--rows", default="", help="rows of an ablation, and the package's weights, as CSV files"
+    )
     command.set_defaults(command=_evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from fma_nb.commands.evaluate import evaluate_run
+    from fma_nb.commands.evaluate import evaluate_rows, evaluate_run
 
-    run = options.run or options.dataset
-    print(evaluate_run(run, options.model, options.dataset, options.preset, options.split, options.device))
+    run, data = options.run or options.dataset, (options.dataset, options.preset, options.split)
+    if rows := list(filter(None, options.rows.split(","))):
+        print("Written:", *map(_shown, evaluate_rows(run, rows, *data, options.device)), sep="\n  ")
+    else:
+        print(evaluate_run(run, options.model, *data, options.device))
 
 
 def _add_ablate(commands: Commands) -> None:

@@ -20,19 +20,13 @@ import torch
 
 from fma_nb.bulk.workers import run_locally, run_on_cluster
 from fma_nb.dataset import Pack, open_pack
-from fma_nb.evaluation import (
-    Estimate,
-    Metrics,
-    bootstrap_accuracy,
-    clip_table,
-    correct_matrix,
-    paired_difference,
-)
+from fma_nb.evaluation import Metrics
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, data_dir, outputs_dir, run_dir
+from fma_nb.project import FmaNbError, data_dir, outputs_dir, run_dir
 from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.runs.experiment import read_metrics, train_and_evaluate
 from fma_nb.runs.folds import Ids, cut_folds, fold_pack, pooled
+from fma_nb.runs.tables import answer_table, comparison_table, write_table
 
 FINAL = "final"
 ROWS: dict[str, dict[str, Any]] = {
@@ -119,7 +113,7 @@ def run_ablation(
     held_out = cut_folds(pack, n_folds) if n_folds else [np.empty(0, np.int64)]
     folders = {"FMA_NB_DATA": str(data_dir()), "FMA_NB_OUTPUTS": str(outputs_dir())}
     trainings = [
-        (recipe, pack.dataset, pack.preset, _row_run(run, row, i, n_folds), device, n_seeds, ids, folders)
+        (recipe, pack.dataset, pack.preset, row_run(run, row, i, n_folds), device, n_seeds, ids, folders)
         for i, ids in enumerate(held_out, 1)
         for row, recipe in recipes.items()
     ]
@@ -156,19 +150,20 @@ def train_row(
     train_and_evaluate(recipe, pack, row_run, device, n_seeds=n_seeds, last_epoch=is_fold, progress=False)
 
 
-def _row_run(run: str, row: str, fold: int = 0, n_folds: int = 0) -> str:
+def row_run(run: str, row: str, fold: int = 0, n_folds: int = 0) -> str:
+    """Return the run folder of a row, or of one of its folds."""
     return f"{run}/ablation/{row}" + (f"_fold{fold}of{n_folds}" if n_folds else "")
 
 
 def finished_rows(run: str, n_folds: int = 0) -> dict[str, Metrics]:
     """Read the metrics of every finished row of a run, in the order of `ALL_ROWS`; folds are pooled."""
-    found = {row: _read_row(run, row, n_folds) for row in ALL_ROWS}
+    found = {row: read_row(run, row, n_folds) for row in ALL_ROWS}
     return {row: pooled(metrics) if n_folds else metrics[0] for row, metrics in found.items() if metrics}
 
 
-def _read_row(run: str, row: str, n_folds: int) -> list[Metrics]:
+def read_row(run: str, row: str, n_folds: int = 0) -> list[Metrics]:
     """Read the metrics of a row's folds, or of its one training; nothing when one is not there yet."""
-    runs = [_row_run(run, row, i + 1, n_folds) for i in range(n_folds or 1)]
+    runs = [row_run(run, row, i + 1, n_folds) for i in range(n_folds or 1)]
     paths = [path for one in runs for path in (run_dir(one) / "metrics").glob("*.json")]
     models = {path.stem for path in paths}
     if len(paths) < len(runs) or len(models) > 1:
@@ -181,7 +176,7 @@ def write_csv(run: str, n_folds: int = 0) -> Path:
     """Write ``ablation.csv`` or ``folds.csv``, a line a training, from the metrics of the finished rows."""
     lines = []
     for row in ALL_ROWS:
-        for fold, metrics in enumerate(_read_row(run, row, n_folds), 1):
+        for fold, metrics in enumerate(read_row(run, row, n_folds), 1):
             for result in metrics["seeds"]:
                 scores = {("" if n_folds else "val_") + score: result["val"][score] for score in SCORES}
                 facts = {"row": row, "parameters": metrics["n_parameters"], "fold": fold, "folds": n_folds}
@@ -189,13 +184,7 @@ def write_csv(run: str, n_folds: int = 0) -> Path:
                 lines.append(facts | metrics | result | scores)
     columns = FOLD_COLUMNS if n_folds else CSV_COLUMNS
     path = run_dir(run) / ("folds.csv" if n_folds else "ablation.csv")
-    return _write_csv(path, pd.DataFrame(lines, columns=columns).round(5))
-
-
-def _write_csv(path: Path, table: pd.DataFrame) -> Path:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
-    return path
+    return write_table(path, pd.DataFrame(lines, columns=columns))
 
 
 def ablation_table(run: str, n_folds: int = 0) -> pd.DataFrame:
@@ -221,57 +210,21 @@ def ablation_table(run: str, n_folds: int = 0) -> pd.DataFrame:
     if len(kept) < len(found):
         others = ", ".join(row for row in found if row not in kept)
         print(f"Left out, made from other data or with another recipe: {others}")
-    clips = clip_table(found[FINAL], "val")
-    lines = [_table_row(row, metrics, found[FINAL], clips) for row, metrics in kept.items()]
-    return pd.DataFrame(lines)
-
-
-def _table_row(row: str, metrics: Metrics, final: Metrics, clips: pd.DataFrame) -> dict[str, Any]:
-    correct, reference = correct_matrix(metrics, "val"), correct_matrix(final, "val")
-    ways = {
-        "": (clips["artist"].tolist(), None),
-        "balanced_": (clips["artist"].tolist(), clips["genre"].tolist()),
-    }
-    line: dict[str, Any] = {"row": row, "seeds": len(metrics["seeds"]), "epochs": metrics["config"]["epochs"]}
-    for name, way in ways.items():
-        accuracy, difference = bootstrap_accuracy(correct, *way), paired_difference(correct, reference, *way)
-        line |= _columns(f"{name}accuracy", accuracy) | {f"{name}spread": _spread(metrics, f"{name}accuracy")}
-        line |= _columns(f"{name}difference", Estimate(*[np.nan] * 3) if row == FINAL else difference)
-    return line | {"last": float(np.mean([result["last_val_accuracy"] for result in metrics["seeds"]]))}
-
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
-
-def _spread(metrics: Metrics, score: str) -> float:
-    """Return the standard error over folds, or the standard deviation over seeds; NaN of one training."""
-    score = score.replace("balanced", "artist_balanced")
-    if "folds" in metrics:
-        folds = [np.mean([result[score] for result in results]) for results in metrics["folds"]]
-        return float(np.std(folds, ddof=1) / len(folds) ** 0.5)
-    scores = [result["val"][score] for result in metrics["seeds"]]
-    return float(np.std(scores, ddof=1)) if len(scores) > 1 else np.nan
+    table = comparison_table(kept, FINAL, "val")
+    table.insert(2, "epochs", [metrics["config"]["epochs"] for metrics in kept.values()])
+    lasts = [[result["last_val_accuracy"] for result in metrics["seeds"]] for metrics in kept.values()]
+    return table.assign(last=[float(np.mean(accuracies)) for accuracies in lasts])
 
 
 def write_tables(run: str, table: pd.DataFrame, n_folds: int = 0) -> list[Path]:
     """Write a run's `ablation_table`, its CSV of trainings and, of folds, each track's answers."""
     name = "folds" if n_folds else "ablation"
-    paths = [write_csv(run, n_folds), _write_csv(run_dir(run) / f"{name}_table.csv", table.round(5))]
+    paths = [write_csv(run, n_folds), write_table(run_dir(run) / f"{name}_table.csv", table)]
     if n_folds:
-        paths.append(_write_csv(run_dir(run) / "folds_answers.csv", _answers(finished_rows(run, n_folds))))
+        paths.append(
+            write_table(run_dir(run) / "folds_answers.csv", answer_table(finished_rows(run, n_folds), "val"))
+        )
     return paths
-
-
-def _answers(found: dict[str, Metrics]) -> pd.DataFrame:
-    """Return a row a track: its id and, for each row and seed, the number of the genre it was taken for."""
-    answers = {}
-    for row, metrics in found.items():
-        for result in metrics["seeds"]:
-            name = row if len(metrics["seeds"]) == 1 else f"{row}_seed{result['seed']}"
-            predictions = result["val"]["predictions"].items()
-            answers[name] = {int(i): metrics["genres"].index(genre) for i, genre in predictions}
-    return pd.DataFrame(answers).sort_index().rename_axis("track_id").reset_index()
 
 
 def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:

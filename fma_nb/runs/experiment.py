@@ -102,24 +102,23 @@ def train_and_evaluate(
         "device": device_name(device),
         "versions": versions(),
         "date": date.today().isoformat(),
-        "labels": {split: _labels(pack, split) for split in splits},
-        "artists": {split: _artists(pack, split) for split in splits},
         "seeds": results,
-    }
+    } | split_facts(pack, splits)
     with atomic_path(metrics_path(run, recipe.model)) as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 
-def _labels(pack: Pack, split: str) -> dict[str, str]:
-    clips = pack.split(split)
-    genres = [pack.genres[label] for label in clips.labels]
-    return dict(zip(map(str, clips.track_ids), genres, strict=True))
-
-
-def _artists(pack: Pack, split: str) -> dict[str, int]:
-    clips = pack.split(split)
-    return dict(zip(map(str, clips.track_ids), clips.artists.tolist(), strict=True))
+def split_facts(pack: Pack, splits: Sequence[str]) -> Metrics:
+    """Return ``labels`` and ``artists`` of the splits' clips by track id, for a metrics file."""
+    facts: Metrics = {"labels": {}, "artists": {}}
+    for split in splits:
+        clips = pack.split(split)
+        ids = [str(track_id) for track_id in clips.track_ids]
+        genres = [pack.genres[label] for label in clips.labels]
+        facts["labels"][split] = dict(zip(ids, genres, strict=True))
+        facts["artists"][split] = dict(zip(ids, clips.artists.tolist(), strict=True))
+    return facts
 
 
 def versions() -> dict[str, str]:
