@@ -2,8 +2,8 @@
 
     python benchmarks/two_views.py fma_small first3s OUT.csv
 
-Both runs need the row `final` of `fma-nb ablate --folds 5` on the same tracks. The first line is the first run
-alone, the second the second run alone, the third both together; differences are from the first line.
+Both runs need the row `final` of `fma-nb ablate --folds 5` on the same tracks. The lines are the first run
+alone, the second run alone, and both together; differences are from the first line.
 """
 
 from __future__ import annotations
