@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from fma_nb import __version__
 from fma_nb.project import (
     DATASETS,
     SHIPPED_WEIGHTS,
+    SPLITS,
     FmaNbError,
     data_dir,
     outputs_dir,
@@ -128,15 +130,8 @@ def _add_run(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> None:
     from fma_nb.commands.notebooks import RunRequest, run_notebooks
 
-    request = RunRequest(
-        dataset=options.dataset,
-        preset=options.preset,
-        run=options.run,
-        device=options.device,
-        only=tuple(filter(None, options.only.split(","))),
-        kernel=options.kernel,
-        parameters=tuple((name, value) for name, value in options.parameters),
-    )
+    options.only = tuple(filter(None, options.only.split(",")))
+    request = RunRequest(**{field.name: getattr(options, field.name) for field in fields(RunRequest)})
     print(f"Done. Open {_shown(run_notebooks(request))} in a browser.")
 
 
@@ -188,13 +183,8 @@ def _add_spectrograms(commands: Commands) -> None:
 def _spectrograms(options: argparse.Namespace) -> None:
     from fma_nb.bulk.spectrograms import make_spectrograms
 
-    skipped = make_spectrograms(
-        options.dataset,
-        options.preset,
-        workers=options.workers,
-        scheduler=options.scheduler,
-        partial=options.partial,
-    )
+    places = {"workers": options.workers, "scheduler": options.scheduler}
+    skipped = make_spectrograms(options.dataset, options.preset, partial=options.partial, **places)
     print(f"The spectrograms are in {_shown(spectrogram_dir(options.dataset, options.preset))}")
     print(f"{len(skipped)} clips were skipped" + (":" if len(skipped) else "."))
     for row in skipped.head(20).itertuples():
@@ -208,7 +198,7 @@ def _add_evaluate(commands: Commands) -> None:
     _add_run_options(command)
     names = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled"
     command.add_argument("--model", default="crnn", help=f"{names} (default: crnn)")
-    command.add_argument("--split", default="val", choices=("train", "val", "test"))
+    command.add_argument("--split", default="val", choices=SPLITS)
     command.set_defaults(command=_evaluate)
 
 
