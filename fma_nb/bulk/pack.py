@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,22 +63,14 @@ def scan_pngs(folder: Path) -> pd.DataFrame:
     FmaNbError
         When a PNG's name is not a track id, or it is a link to nowhere.
     """
-    found: list[dict[str, Any]] = []
+    found = []
     for split in SPLITS:
         for genre_dir in sorted((folder / split).glob("[!.]*/")):
             for png in sorted(genre_dir.glob("[!.]*.png")):
                 if not (png.stem.isdecimal() and png.name == png_name(int(png.stem))):
                     raise FmaNbError(f"{png}: a spectrogram is named after its track, as in 000002.png.")
                 status = _status(png)
-                found.append(
-                    {
-                        "track_id": int(png.stem),
-                        "split": split,
-                        "genre": genre_dir.name,
-                        "size": status.st_size,
-                        "mtime_ns": status.st_mtime_ns,
-                    }
-                )
+                found.append((int(png.stem), split, genre_dir.name, status.st_size, status.st_mtime_ns))
     return pd.DataFrame(found, columns=["track_id", "split", "genre", "size", "mtime_ns"])
 
 

@@ -80,42 +80,35 @@ def run_notebooks(request: RunRequest) -> Path:
         Before any work for a wrong parameter or missing data; or with the cell, the error and the
         half-run notebook when a cell fails.
     """
-    if not notebook_path(NOTEBOOKS[0]).exists():
+    if not _source(NOTEBOOKS[0]).exists():
         raise FmaNbError(
             "The notebooks are not part of an installed package: clone the project and run the command there."
         )
     names = _chosen(request.only)
-    run = request.run or request.dataset
     parameters = _checked_parameters(request, names)
+    run = parameters["run"]
     kernel = _checked_kernel(request.kernel)
     check_writable(run_dir(run))
     if request.dataset in SYNTHETIC_DATASETS:
         make_fma_mini()
     _check_data(request, names, parameters)
     for i, name in enumerate(names, 1):
-        label = f"[{i}/{len(names)}] {name}"
         own = {k: v for k, v in parameters.items() if k in notebook_parameters(name)}
-        if _is_up_to_date(name, own, run):
-            print(f"{label}: up to date", flush=True)
-        else:
-            print(f"{label}: running", flush=True)
-            _execute(name, own, run, kernel)
+        executed = run_dir(run) / "notebooks" / f"{name}.ipynb"
+        is_up_to_date = executed.exists() and _recorded_key(executed) == _key(name, own, run)
+        print(f"[{i}/{len(names)}] {name}: {'up to date' if is_up_to_date else 'running'}", flush=True)
+        if not is_up_to_date:
+            _execute(name, own, run, kernel, executed)
     return write_report(run)
 
 
-def executed_path(run: str, name: str) -> Path:
-    """Return where a notebook's executed copy lies in a run folder."""
-    return run_dir(run) / "notebooks" / f"{name}.ipynb"
-
-
-def notebook_path(name: str) -> Path:
-    """Return a notebook's source."""
+def _source(name: str) -> Path:
     return project_root() / "notebooks" / f"{name}.ipynb"
 
 
 def notebook_parameters(name: str) -> dict[str, Any]:
     """Return the parameters a notebook declares, with their default values, which also give the type."""
-    found = papermill.inspect_notebook(str(notebook_path(name)))
+    found = papermill.inspect_notebook(str(_source(name)))
     return {key: ast.literal_eval(entry["default"]) for key, entry in found.items()}
 
 
@@ -134,12 +127,8 @@ def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, 
     declared: dict[str, Any] = {}
     for name in names:
         declared |= notebook_parameters(name)
-    given = {
-        "dataset": request.dataset,
-        "preset": request.preset,
-        "run": request.run or request.dataset,
-        "device": request.device,
-    }
+    given = {key: getattr(request, key) for key in ("dataset", "preset", "device")}
+    given["run"] = request.run or request.dataset
     run_dir(given["run"])
     for name, text in request.parameters:
         if name not in declared:
@@ -178,19 +167,15 @@ def _checked_kernel(name: str) -> str:
     return name or (KERNEL if KERNEL in installed else "python3")
 
 
-def _is_up_to_date(name: str, parameters: dict[str, Any], run: str) -> bool:
-    path = executed_path(run, name)
-    if not path.exists():
-        return False
-    recorded = nbformat.read(path, as_version=4).metadata.get("fma_nb", {}).get("key")
-    return bool(recorded == _key(name, parameters, run))
+def _recorded_key(path: Path) -> str:
+    return nbformat.read(path, as_version=4).metadata.get("fma_nb", {}).get("key", "")
 
 
 def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     """Hash what a notebook's outputs depend on."""
     device = device_name(resolve_device(parameters.get("device", "cpu")))
     digest = hashlib.sha256(json.dumps([parameters, device, versions()], sort_keys=True).encode())
-    cells = nbformat.read(notebook_path(name), as_version=4).cells
+    cells = nbformat.read(_source(name), as_version=4).cells
     digest.update(json.dumps([cell.source for cell in cells]).encode())
     for module in sorted((project_root() / "fma_nb").rglob("*.py")):
         digest.update(module.read_bytes())
@@ -218,18 +203,17 @@ def _data_state(dataset: str, preset: str | None) -> str:
     return state + scan_pngs(spectrogram_dir(dataset, preset)).to_csv() if preset else state
 
 
-def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str) -> None:
+def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str, path: Path) -> None:
     """Execute a notebook under a provisional name; rename it when its last cell has finished."""
-    path = executed_path(run, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.ipynb")
     try:
         notebook = papermill.execute_notebook(
-            str(notebook_path(name)),
+            str(_source(name)),
             str(partial),
             parameters=parameters,
             kernel_name=kernel,
-            cwd=str(notebook_path(name).parent),
+            cwd=str(_source(name).parent),
             progress_bar={"desc": name, "disable": None, "leave": False},
             extra_arguments=["--IPKernelApp.log_level=50"],
         )

@@ -35,24 +35,12 @@ AUDIO_ENDINGS = {".mp3", ".ogg", ".oga", ".opus", ".flac", ".wav", ".aif", ".aif
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained network with all that it needs to classify a file.
+    """A trained network with all that it needs to classify a file."""
 
-    Attributes
-    ----------
-    network
-        Takes spectrograms, gives logits; in evaluation mode.
-    genres
-        What the logits stand for, in order.
-    preset
-        How spectrograms are made.
-    temperature
-        Logits are divided by it, so that a probability of 0.6 is right in 6 of 10 cases.
-    """
-
-    network: nn.Module
-    genres: tuple[str, ...]
-    preset: str
-    temperature: float
+    network: nn.Module  # takes spectrograms, gives logits; in evaluation mode
+    genres: tuple[str, ...]  # what the logits stand for, in order
+    preset: str  # how spectrograms are made
+    temperature: float  # logits are divided by it, so that a probability of 0.6 is right in 6 of 10 cases
 
 
 def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
@@ -72,14 +60,9 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
 
 
 def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str, float]:
-    """Return the probability of each genre for an audio file of any length.
+    """Return the probability of each genre for an audio file of any length, by default with our weights.
 
-    Parameters
-    ----------
-    path
-        Anything that libsndfile decodes: MP3, OGG, FLAC, WAV.
-    classifier
-        The weights to use; those of the package by default.
+    The file is anything that libsndfile decodes: MP3, OGG, FLAC, WAV.
 
     Raises
     ------
@@ -88,9 +71,8 @@ def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str,
     """
     classifier = classifier or load_classifier()
     try:
-        windows = [
-            _window_probabilities(batch, classifier) for batch in _image_batches(Path(path), classifier)
-        ]
+        batches = _image_batches(Path(path), classifier)
+        windows = [_window_probabilities(batch, classifier) for batch in batches]
     except UnreadableClipError as error:
         raise FmaNbError(f"{path}: {error}.") from error
     return dict(zip(classifier.genres, torch.cat(windows).mean(0).tolist(), strict=True))
@@ -124,13 +106,7 @@ def audio_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json: bool) -> int:
-    """Print the answer for every file, or the reason why there is none, as soon as it is known.
-
-    Returns
-    -------
-    n_failed
-        How many files have no answer.
-    """
+    """Print the answer for every file as soon as it is known; return how many have none, only a reason."""
     n_failed = 0
     for path in audio_files(paths):
         try:
@@ -145,12 +121,9 @@ def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json:
 
 
 def export_weights(run: str, model: str, path: Path) -> float:
-    """Write the first seed's best weights of a run, with a temperature fitted on validation.
+    """Write the first seed's best weights of a run; return their temperature, fitted on validation.
 
-    Returns
-    -------
-    temperature
-        Above 1: the network was too sure of itself.
+    Above 1 the network was too sure of itself.
     """
     metrics = read_metrics(run, [model])[model]
     seed = metrics["config"]["seed"]

@@ -67,10 +67,13 @@ def write_report(run: str) -> Path:
         facts=_facts(metrics),
         settings=_settings(found),
     )
-    index = report_dir / "index.html"
-    with atomic_path(index) as temporary:
+    return _write(report_dir / "index.html", html)
+
+
+def _write(path: Path, html: str) -> Path:
+    with atomic_path(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    return index
+    return path
 
 
 def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
@@ -91,9 +94,7 @@ def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
     resources = {"metadata": {"name": title}, "code_style": _code_style()}
     html, _ = exporter.from_notebook_node(notebook, resources)
     html = re.sub("<table.*?</table>", r'<div class="scroll">\g<0></div>', html, flags=re.DOTALL)
-    page = report_dir / f"{path.stem}.html"
-    with atomic_path(page) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    page = _write(report_dir / f"{path.stem}.html", html)
     return {"href": page.name, "title": title}
 
 
@@ -162,14 +163,10 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as image:
             caption = str(image.info.get("Description", path.stem))
-            width, height = image.size
+            width, height = (str(round(side / _PIXEL_RATIO)) for side in image.size)
         data = base64.b64encode(path.read_bytes()).decode()
-        yield {
-            "src": f"data:image/png;base64,{data}",
-            "caption": caption,
-            "width": str(round(width / _PIXEL_RATIO)),
-            "height": str(round(height / _PIXEL_RATIO)),
-        }
+        source = f"data:image/png;base64,{data}"
+        yield {"src": source, "caption": caption, "width": width, "height": height}
 
 
 def _facts(metrics: list[Metrics]) -> list[tuple[str, str]]:
