@@ -56,13 +56,7 @@ def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val"
 
 
 def scan_pngs(folder: Path) -> pd.DataFrame:
-    """List the PNGs below a spectrogram folder: ``track_id, split, genre, size, mtime_ns``.
-
-    Raises
-    ------
-    FmaNbError
-        When a PNG's name is not a track id, or it is a link to nowhere.
-    """
+    """List the PNGs below a spectrogram folder: ``track_id, split, genre, size, mtime_ns``."""
     found = []
     for split in SPLITS:
         for genre_dir in sorted((folder / split).glob("[!.]*/")):

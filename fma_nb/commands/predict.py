@@ -44,13 +44,7 @@ class Classifier:
 
 
 def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
-    """Load weights made by `export_weights`; nothing in the file is executed.
-
-    Raises
-    ------
-    FmaNbError
-        When the file is missing, is no checkpoint of this project, or does not fit its architecture.
-    """
+    """Load weights made by `export_weights`; nothing in the file is executed."""
     saved = load_checkpoint(path)
     temperature = saved.get("temperature", 1.0)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
@@ -62,12 +56,7 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
 def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str, float]:
     """Return the probability of each genre for an audio file of any length, by default with our weights.
 
-    The file is anything that libsndfile decodes: MP3, OGG, FLAC, WAV.
-
-    Raises
-    ------
-    FmaNbError
-        When the file cannot be decoded, is shorter than 1 s, or is silent.
+    The file is anything that libsndfile decodes (MP3, OGG, FLAC, WAV) of 1 s at least that is not silent.
     """
     classifier = classifier or load_classifier()
     try:

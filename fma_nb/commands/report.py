@@ -39,13 +39,7 @@ _PIXEL_RATIO = 1.8  # dots of a stored figure for one of the page: as large as i
 
 
 def write_report(run: str) -> Path:
-    """Write a run's ``report/index.html`` and the HTML of its executed notebooks.
-
-    Raises
-    ------
-    FmaNbError
-        When the run has no executed notebook.
-    """
+    """Write a run's ``report/index.html`` and the HTML of its executed notebooks."""
     folder = run_dir(run)
     notebooks = sorted(p for p in (folder / "notebooks").glob("*.ipynb") if ".partial" not in p.name)
     if not notebooks:

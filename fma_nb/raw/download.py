@@ -122,12 +122,10 @@ def _is_finished(archive: Archive, folder: Path, record: Path) -> bool:
 
 def _check_space_for_download(archive: Archive, zip_path: Path) -> None:
     """Check the space for zip and folder before the download; `extract` checks again exactly."""
-    part = zip_path.with_name(f"{zip_path.name}.part")
     if not zip_path.exists():
-        n_received = part.stat().st_size if part.exists() else 0
-        _check_free_space(
-            zip_path.parent, archive.n_bytes - n_received + archive.unpacked_bytes, archive.name
-        )
+        n_received = sum(part.stat().st_size for part in zip_path.parent.glob(f"{zip_path.name}.part"))
+        n_missing = archive.n_bytes - n_received + archive.unpacked_bytes
+        _check_free_space(zip_path.parent, n_missing, archive.name)
 
 
 def _check_free_space(folder: Path, n_bytes: int, what: str) -> None:
@@ -143,12 +141,8 @@ def _check_free_space(folder: Path, n_bytes: int, what: str) -> None:
 def fetch(url: str, path: Path, sha1: str, policy: RetryPolicy) -> None:
     """Download ``url`` to ``path``, going on from ``<path>.part`` where the server has HTTP ranges.
 
-    ``path`` appears once its SHA-1 is right.
-
-    Raises
-    ------
-    FmaNbError, OSError
-        When the server refuses, sends something else, or fails too often; when writing fails.
+    ``path`` appears once its SHA-1 is right. A failure of the server is an `FmaNbError`, one of the disk an
+    `OSError`.
     """
     part = path.with_name(f"{path.name}.part")
     if path.exists():
@@ -273,11 +267,6 @@ def extract(zip_path: Path, folder: Path) -> int:
 
     A member appears under its name when it is complete, so what is there already stays as it is.
     Members are unpacked in threads: bzip2 is slow (20 MB/s a core) and leaves Python's lock free.
-
-    Raises
-    ------
-    FmaNbError
-        When a member is unsafe, damaged or cannot be written.
     """
     try:
         with ZipFile(zip_path) as archive:
