@@ -60,25 +60,21 @@ def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str,
     """
     classifier = classifier or load_classifier()
     try:
-        batches = _image_batches(Path(path), classifier)
-        windows = [_window_probabilities(batch, classifier) for batch in batches]
+        windows = list(_window_probabilities(Path(path), classifier))
     except UnreadableClipError as error:
         raise FmaNbError(f"{path}: {error}.") from error
     return dict(zip(classifier.genres, torch.cat(windows).mean(0).tolist(), strict=True))
 
 
-def _image_batches(path: Path, classifier: Classifier) -> Iterator[Tensor]:
-    """Yield the windows of a file a few at a time, so that memory does not grow with its length."""
+def _window_probabilities(path: Path, classifier: Classifier) -> Iterator[Tensor]:
+    """Yield those of a file's windows, a few at a time, so that memory does not grow with its length."""
     preset = get_preset(classifier.preset)
     windows = load_windows(path, preset.sample_rate or USUAL_RATE)
     images = (to_grey(log_mel(samples, rate, preset)) for samples, rate in windows)
     while batch := list(itertools.islice(images, WINDOWS_AT_ONCE)):
-        yield torch.from_numpy(np.stack(batch))
-
-
-def _window_probabilities(images: Tensor, classifier: Classifier) -> Tensor:
-    with torch.inference_mode():
-        return (classifier.network(to_input(images)) / classifier.temperature).softmax(1)
+        with torch.inference_mode():
+            logits = classifier.network(to_input(torch.from_numpy(np.stack(batch))))
+        yield (logits / classifier.temperature).softmax(1)
 
 
 def audio_files(paths: Iterable[Path]) -> Iterator[Path]:

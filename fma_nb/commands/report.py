@@ -17,16 +17,8 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
-from fma_nb.evaluation import (
-    EVALUATION_SPLITS,
-    Estimate,
-    Metrics,
-    clip_table,
-    correct_matrix,
-    effective_artists,
-    paired_difference,
-    result_summary,
-)
+from fma_nb import evaluation
+from fma_nb.evaluation import Estimate, Metrics
 from fma_nb.metadata import artists_known
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
@@ -115,7 +107,7 @@ def _code_style() -> str:
 
 def _results(found: dict[str, Metrics]) -> dict[str, list[str]]:
     """Return the result table: the names of the models, then a row a quantity. So it fits a phone."""
-    table = result_summary({_shown_name(model): metrics for model, metrics in found.items()})
+    table = evaluation.result_summary({_shown_name(model): metrics for model, metrics in found.items()})
     return {name: list(table[name]) for name in table}
 
 
@@ -125,17 +117,18 @@ def _verdict(found: dict[str, Metrics]) -> dict[str, Any]:
     others = [name for name in _COMPARED if name in found and found[name]["labels"] == ours["labels"]]
     if not others:
         return {}
-    split = next(split for split in reversed(EVALUATION_SPLITS) if split in ours["labels"])
-    correct = correct_matrix(ours, split)
-    artists = clip_table(ours, split)["artist"].tolist()
+    split = next(split for split in reversed(evaluation.EVALUATION_SPLITS) if split in ours["labels"])
+    correct = evaluation.correct_matrix(ours, split)
+    artists = evaluation.clip_table(ours, split)["artist"].tolist()
     estimates = {
-        name: paired_difference(correct, correct_matrix(found[name], split), artists) for name in others
+        name: evaluation.paired_difference(correct, evaluation.correct_matrix(found[name], split), artists)
+        for name in others
     }
     return {
         "split": split,
         "clips": len(artists),
         "artists": len(set(artists)) if artists_known(ours["dataset"]) else 0,
-        "effective": round(effective_artists(artists)),
+        "effective": round(evaluation.effective_artists(artists)),
         "comparisons": [
             (_in_words(estimate), _shown_name(model), str(estimate).replace("-", "−"))
             for model, estimate in estimates.items()
