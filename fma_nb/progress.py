@@ -34,16 +34,8 @@ def _in_notebook() -> bool:
 class Progress(tqdm):  # type: ignore[misc]  # tqdm has no types
     """Count finished items: ``with Progress(240, "spectrograms", "clip") as bar: bar.update()``.
 
-    Parameters
-    ----------
-    total
-        How many items there will be. ``None`` when that is unknown; set the attribute once it is known.
-    what
-        The work, as a short noun.
-    unit
-        One item, in the singular. ``"B"`` counts bytes, shown in kB, MB or GB.
-    visible
-        ``False`` shows nothing.
+    Where the total is not known, give ``None`` and set the attribute ``total`` once it is. The unit is one
+    item, in the singular; ``"B"`` counts bytes, shown in kB, MB or GB.
     """
 
     monitor_interval = 0  # no thread beside the work: each update looks at the clock

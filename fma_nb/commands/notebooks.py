@@ -58,12 +58,7 @@ class RunRequest:
 
 
 def run_notebooks(request: RunRequest) -> Path:
-    """Run the notebooks that are not up to date; write their HTML and the report.
-
-    Returns
-    -------
-    report
-        Path of the report's ``index.html``.
+    """Run the notebooks that are not up to date; write their HTML and return the report's ``index.html``.
 
     Raises
     ------

@@ -71,15 +71,9 @@ def download(
 ) -> Path:
     """Bring one of `ARCHIVES` to ``data/raw/`` and return its unpacked folder.
 
-    Call it again after any failure: it goes on where it stopped. Once all is done it does nothing;
-    delete ``data/raw/<name>.json`` to have every file checked again.
-
-    Parameters
-    ----------
-    base_url
-        The address of the folder that has ``<name>.zip``.
-    archive_path
-        A copy of the archive on disk, to use instead of a download. It is checked and left alone.
+    ``<name>.zip`` comes from the folder at ``base_url``, or is the copy at ``archive_path``, which is checked
+    and left alone. Call it again after any failure: it goes on where it stopped. Once all is done it does
+    nothing; delete ``data/raw/<name>.json`` to have every file checked again.
 
     Raises
     ------

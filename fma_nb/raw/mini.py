@@ -33,12 +33,8 @@ def make_fma_mini(
     it exists the dataset is complete. Files of another configuration, and spectrograms made from them,
     are removed first. A second call for the same folder waits for the first.
 
-    By default it is the course's dataset, made by as many ``workers`` as there are cores.
-
-    Returns
-    -------
-    folder
-        Where the MP3s are; ``tracks.csv`` and ``genres.csv`` are in ``fma_mini_metadata`` beside it.
+    By default it is the course's dataset, made by as many ``workers`` as there are cores. What is returned is
+    the folder of the MP3s; ``tracks.csv`` and ``genres.csv`` are in ``fma_mini_metadata`` beside it.
 
     Raises
     ------
