@@ -21,7 +21,7 @@ test: lint ## environment, lint, unit and fault tests, nbval over notebooks/
 	$(BIN)/python -m pytest tests
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && FMA_NB_OUTPUTS=$$outputs \
 	  $(BIN)/python -m pytest --nbval --nbval-current-env \
-	  --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600 notebooks
+	  --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600 notebooks/*.ipynb
 
 lint: $(READY) ## ruff over code and notebooks, mypy over the package
 	$(BIN)/ruff check .

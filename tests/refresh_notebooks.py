@@ -92,9 +92,10 @@ def steady(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def main() -> int:
-    """Refresh or check the notebooks whose numbers are given, or all."""
+    """Refresh or check the notebooks whose numbers are given, or all, and then their solutions."""
     given = [argument for argument in sys.argv[1:] if argument != "--check"]
-    chosen = [p for p in sorted(NOTEBOOKS.glob("0*.ipynb")) if not given or p.name[:2] in given]
+    paths = [*sorted(NOTEBOOKS.glob("0*.ipynb")), *sorted(NOTEBOOKS.glob("solutions/0*.ipynb"))]
+    chosen = [path for path in paths if not given or path.name[:2] in given]
     work = check if "--check" in sys.argv else refresh
     with tempfile.TemporaryDirectory() as outputs:
         os.environ.setdefault("FMA_NB_OUTPUTS", outputs)

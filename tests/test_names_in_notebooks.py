@@ -8,7 +8,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("0*.ipynb"))
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted([*FOLDER.glob("0*.ipynb"), *FOLDER.glob("solutions/0*.ipynb")])
 SCRATCH = {"figure", "fig", "ax", "axes", "caption", "_"}  # of one cell, never read in another
 NEW_SCOPE = (
     ast.FunctionDef,
