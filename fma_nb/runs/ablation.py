@@ -118,7 +118,7 @@ def run_ablation(
         for row, recipe in recipes.items()
     ]
     outcomes = (
-        run_on_cluster(train_row, trainings, scheduler, None)
+        run_on_cluster(train_row, trainings, scheduler, None, one_thread=True)
         if scheduler
         else run_locally(train_row, trainings, min(jobs, len(trainings)), cpu_limit_s=0)
     )
@@ -169,7 +169,8 @@ def read_row(run: str, row: str, n_folds: int = 0) -> list[Metrics]:
     if len(paths) < len(runs) or len(models) > 1:
         return []
     found = [read_metrics(one, [model])[model] for one in runs for model in models]
-    return found if all(metrics["config"] == found[0]["config"] for metrics in found) else []
+    made = [(metrics["config"], [result["seed"] for result in metrics["seeds"]]) for metrics in found]
+    return found if all(one == made[0] for one in made) else []
 
 
 def write_csv(run: str, n_folds: int = 0) -> Path:
