@@ -32,24 +32,20 @@ from fma_nb.training import predict_logits
 Floats = npt.NDArray[np.float64]
 # What is known of one model, as `fma_nb.runs.experiment` keeps it; track ids are texts, as in JSON:
 #   {"model": "crnn", "genres": ["Electronic", ...], "n_parameters": 323256, ...,
-#    "labels": {"val": {"148": "Experimental", ...}},
+#    "labels": {"val": {"148": "Experimental", ...}}, "artists": {"val": {"148": 54, ...}},
 #    "seeds": [{"seed": 0, "seconds": 61.2, "val": the result of `evaluate_split`}, ...]}
 Metrics = dict[str, Any]
 
 EVALUATION_SPLITS = ("val", "test")
+SCORES = {"accuracy": "accuracy", "artist-balanced": "artist_balanced_accuracy", "macro-F1": "macro_f1"}
 
 
 def evaluate_split(
     model: nn.Module, pack: Pack, split: str, device: torch.device, bfloat16: bool = True
 ) -> dict[str, Any]:
-    """Evaluate a model on a split.
+    """Return a model's `split_scores` on a split, and its answers by track id.
 
-    Returns
-    -------
-    result
-        ``accuracy``; ``artist_balanced_accuracy``, in which artists count equally within a genre, and
-        genres equally; ``macro_f1``; and by track id ``predictions`` (a genre) and ``probabilities`` (of each
-        genre, rounded to 4 digits).
+    They are ``predictions`` (a genre) and ``probabilities`` (of each genre, rounded to 4 digits).
     """
     clips = pack.split(split)
     loader = make_loader(SpectrogramDataset(clips, device), 256)
@@ -66,7 +62,7 @@ def evaluate_split(
 
 
 def split_scores(labels: npt.ArrayLike, predicted: npt.ArrayLike, artists: npt.ArrayLike) -> dict[str, float]:
-    """Return ``accuracy``, ``artist_balanced_accuracy`` and ``macro_f1`` of answers to clips."""
+    """Return the `SCORES` of answers; artist-balanced: artists count equally in a genre, genres equally."""
     clips = pd.DataFrame({"label": labels, "artist": artists})
     weights = 1 / clips.groupby(["label", "artist"])["label"].transform("size")
     return {
@@ -126,45 +122,24 @@ def genre_report(metrics: Metrics, split: str) -> pd.DataFrame:
     return sum(reports[1:], start=reports[0]) / len(reports)
 
 
-def result_table(found: dict[str, Metrics]) -> pd.DataFrame:
-    """Return one row per model: parameters, seeds, accuracy (mean ± std over seeds), macro-F1, seconds."""
-    return pd.DataFrame([_result_row(name, metrics) for name, metrics in found.items()])
-
-
-def _result_row(name: str, metrics: Metrics) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "model": name,
-        "parameters": metrics["n_parameters"],
-        "seeds": len(metrics["seeds"]),
-    }
-    for split in metrics["labels"]:
-        accuracies = [result[split]["accuracy"] for result in metrics["seeds"]]
-        row[f"{split}_accuracy"] = float(np.mean(accuracies))
-        row[f"{split}_std"] = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan
-        for score in ("artist_balanced_accuracy", "macro_f1"):
-            row[f"{split}_{score}"] = float(np.mean([result[split][score] for result in metrics["seeds"]]))
-    row["seconds"] = float(np.mean([result["seconds"] for result in metrics["seeds"]]))
-    return row
-
-
 def result_summary(found: dict[str, Metrics], splits: Sequence[str] = EVALUATION_SPLITS) -> pd.DataFrame:
-    """Return `result_table` as texts to show: one row per model, accuracies as ``0.701 ± 0.012``."""
-    return pd.DataFrame([_summary_row(row, splits) for row in result_table(found).to_dict("records")])
+    """Return a row a model, as texts to show; scores are mean ± standard deviation over seeds."""
+    return pd.DataFrame([_summary_row(name, metrics, splits) for name, metrics in found.items()])
 
 
-def _summary_row(row: dict[str, Any], splits: Sequence[str]) -> dict[str, str]:
-    shown = {"model": row["model"]}
-    for split in splits:
-        if f"{split}_accuracy" in row:
-            spread = "" if pd.isna(row[f"{split}_std"]) else f" ± {row[f'{split}_std']:.3f}"
-            shown[f"{split} accuracy"] = f"{row[f'{split}_accuracy']:.3f}{spread}"
-            shown[f"{split} artist-balanced"] = f"{row[f'{split}_artist_balanced_accuracy']:.3f}"
-            shown[f"{split} macro-F1"] = f"{row[f'{split}_macro_f1']:.3f}"
-    return shown | {
-        "parameters": f"{row['parameters']:,}",
-        "seeds": str(row["seeds"]),
-        "seconds a seed": f"{row['seconds']:.0f}",
-    }
+def _summary_row(name: str, metrics: Metrics, splits: Sequence[str]) -> dict[str, str]:
+    row, seeds = {"model": name}, metrics["seeds"]
+    for split in [split for split in splits if split in metrics["labels"]]:
+        for shown, score in SCORES.items():
+            row[f"{split} {shown}"] = _mean_and_spread([result[split][score] for result in seeds])
+    seconds = np.mean([result["seconds"] for result in seeds])
+    row |= {"parameters": f"{metrics['n_parameters']:,}", "seeds": str(len(seeds))}
+    return row | {"seconds a seed": f"{seconds:.0f}"}
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 @dataclass(frozen=True)

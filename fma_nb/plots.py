@@ -37,7 +37,12 @@ Bands = npt.NDArray[np.float32]
 # Okabe and Ito's palette: told apart also by colour-blind readers. Yellow is darkened for white paper.
 PALETTE = ("#0072B2", "#6A6A6A", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C9A800", "#882E72")
 GENRE_COLORS = dict(zip(GENRES, PALETTE, strict=True))
-MODEL_NAMES = {"baseline": "baseline CNN", "crnn": "CRNN", "crnn_no_gru": "CRNN without GRU"}
+MODEL_NAMES = {
+    "baseline": "baseline CNN",
+    "baseline_with_recipe": "baseline CNN, CRNN's recipe",
+    "crnn_no_gru": "CRNN without GRU",
+    "crnn": "CRNN",
+}
 BLUE, ORANGE, GREY, DARK_GREY = "#0072B2", "#D55E00", "#6A6A6A", "#444444"
 COARSE_MAGMA = plt.get_cmap("magma", 12)  # more colours make a notebook heavy and show little more
 CLIP_WIDTH, MIN_WIDTH, GAP = 1.6, 1.0, 0.3  # of a network diagram, in heights of the clip
@@ -146,10 +151,8 @@ def ablation_plot(ax: Axes, table: pd.DataFrame) -> Axes:
     The text on the right is the row's own accuracy.
     """
     first, *rows = table.itertuples()
-    changes = {
-        f"{r.row} ({r.seeds})": Estimate(100 * r.difference, 100 * r.difference_low, 100 * r.difference_high)
-        for r in rows
-    }
+    points = 100 * table[["difference", "difference_low", "difference_high"]][1:]
+    changes = {f"{r.row} ({r.seeds})": Estimate(*points.loc[r.Index]) for r in rows}
     texts = [f"{r.accuracy:.3f}" + ("" if pd.isna(r.spread) else f" ± {r.spread:.3f}") for r in rows]
     interval_plot(ax, changes, texts=texts)
     ax.set_xlabel(f"change in accuracy against {first.row} ({first.accuracy:.3f}), points")

@@ -22,11 +22,12 @@ from fma_nb.evaluation import Estimate, Metrics
 from fma_nb.metadata import artists_known
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
+from fma_nb.runs.ablation import SAME_RECIPE, read_row
 from fma_nb.runs.experiment import read_metrics
 
 _TEMPLATES = Path(__file__).parent
 _SHOWN_CONFIG = ("dataset", "preset", "device", "date", "fingerprint")
-_COMPARED = ("baseline", "crnn_no_gru")  # with the CRNN
+_COMPARED = ("baseline", SAME_RECIPE, "crnn_no_gru")  # with the CRNN
 _PIXEL_RATIO = 1.8  # dots of a stored figure for one of the page: as large as in the notebooks, and sharp
 
 
@@ -40,6 +41,8 @@ def write_report(run: str) -> Path:
     pages = [_write_page(path, report_dir) for path in notebooks]
     models = sorted(path.stem for path in (folder / "metrics").glob("*.json"))
     found = {model: read_metrics(run, [model])[model] for model in models}
+    if same_recipe := read_row(run, SAME_RECIPE):
+        found = dict(sorted({**found, SAME_RECIPE: same_recipe[0]}.items()))
     metrics = list(found.values())
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -120,19 +123,21 @@ def _verdict(found: dict[str, Metrics]) -> dict[str, Any]:
     split = next(split for split in reversed(evaluation.EVALUATION_SPLITS) if split in ours["labels"])
     correct = evaluation.correct_matrix(ours, split)
     artists = evaluation.clip_table(ours, split)["artist"].tolist()
-    estimates = {
-        name: evaluation.paired_difference(correct, evaluation.correct_matrix(found[name], split), artists)
-        for name in others
-    }
+    genres = evaluation.clip_table(ours, split)["genre"].tolist()
+
+    def ahead_of(name: str, genres: list[str] | None = None) -> Estimate:
+        theirs = evaluation.correct_matrix(found[name], split)
+        return evaluation.paired_difference(correct, theirs, artists, genres)
+
     return {
         "split": split,
         "clips": len(artists),
         "artists": len(set(artists)) if artists_known(ours["dataset"]) else 0,
         "effective": round(evaluation.effective_artists(artists)),
         "comparisons": [
-            (_in_words(estimate), _shown_name(model), str(estimate).replace("-", "−"))
-            for model, estimate in estimates.items()
+            (_in_words(ahead_of(name)), _shown_name(name), _shown(ahead_of(name))) for name in others
         ],
+        "balanced": [(_shown_name(name), _shown(ahead_of(name, genres))) for name in others],
     }
 
 
@@ -140,6 +145,10 @@ def _in_words(estimate: Estimate) -> str:
     if estimate.low > 0:
         return "is ahead of"
     return "is behind" if estimate.high < 0 else "cannot be told apart from"
+
+
+def _shown(estimate: Estimate) -> str:
+    return str(estimate).replace("-", "−")
 
 
 def _shown_name(model: str) -> str:

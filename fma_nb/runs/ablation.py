@@ -20,7 +20,7 @@ import torch
 
 from fma_nb.bulk.workers import run_locally, run_on_cluster
 from fma_nb.dataset import Pack, open_pack
-from fma_nb.evaluation import Metrics
+from fma_nb.evaluation import SCORES, Metrics
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, data_dir, outputs_dir, run_dir
 from fma_nb.recipe import Recipe, default_recipe
@@ -28,7 +28,7 @@ from fma_nb.runs.experiment import read_metrics, train_and_evaluate
 from fma_nb.runs.folds import Ids, cut_folds, fold_pack, pooled
 from fma_nb.runs.tables import answer_table, comparison_table, write_table
 
-FINAL = "final"
+FINAL, SAME_RECIPE = "final", "baseline_with_recipe"
 ROWS: dict[str, dict[str, Any]] = {
     FINAL: {},
     # The question of the course.
@@ -56,12 +56,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "more_dropout": {"dropout": 0.5},
     "wider": {"width": 1.5},
     # Architecture and recipe apart.
-    "baseline_with_recipe": {"model": "baseline"},
+    SAME_RECIPE: {"model": "baseline"},
 }
 # The final recipe in half its epochs, and the baseline with its own plain recipe.
 SHORTER, BASELINE = "shorter", "baseline"
 ALL_ROWS = (*ROWS, SHORTER, BASELINE)
-SCORES = ("accuracy", "artist_balanced_accuracy", "macro_f1")
 CSV_COLUMNS = [
     *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_artist_balanced_accuracy"),
     *("val_macro_f1", "last_val_accuracy", "parameters", "seconds", "device", "date"),
@@ -179,7 +178,9 @@ def write_csv(run: str, n_folds: int = 0) -> Path:
     for row in ALL_ROWS:
         for fold, metrics in enumerate(read_row(run, row, n_folds), 1):
             for result in metrics["seeds"]:
-                scores = {("" if n_folds else "val_") + score: result["val"][score] for score in SCORES}
+                scores = {
+                    ("" if n_folds else "val_") + score: result["val"][score] for score in SCORES.values()
+                }
                 facts = {"row": row, "parameters": metrics["n_parameters"], "fold": fold, "folds": n_folds}
                 facts["held_out_clips"] = len(metrics["labels"]["val"])
                 lines.append(facts | metrics | result | scores)
