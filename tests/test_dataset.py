@@ -63,7 +63,9 @@ def test_clips_know_their_artists_and_what_the_metadata_lacks_is_said_once(
     capsys.readouterr()
     pack = load_pack("fma_small", "compact")
     assert capsys.readouterr().out.count("3 of 24 tracks are not in fma_small's metadata") == 1
-    found = {int(i): int(a) for s in pack.splits.values() for i, a in zip(s.track_ids, s.artists, strict=True)}
+    found = {
+        int(i): int(a) for s in pack.splits.values() for i, a in zip(s.track_ids, s.artists, strict=True)
+    }
     assert {i: artist for i, artist in found.items() if i in known} == known
     assert len(set(found.values()) - set(known.values())) == 3
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_sentence, write_png_tree
-from sklearn.metrics import f1_score, precision_recall_fscore_support
+from conftest import FMA_SPLITS, assert_one_sentence, track_row, write_png_tree, write_tracks_csv
+from sklearn.metrics import balanced_accuracy_score, f1_score, precision_recall_fscore_support
+from torch import nn
 
 from fma_nb.bulk.pack import load_pack
 from fma_nb.commands.evaluate import evaluate_run
@@ -23,7 +27,9 @@ from fma_nb.dataset import SpectrogramDataset, make_loader
 from fma_nb.evaluation import (
     McNemar,
     bootstrap_accuracy,
+    clip_table,
     correct_matrix,
+    effective_artists,
     evaluate_split,
     genre_report,
     mcnemar,
@@ -32,12 +38,18 @@ from fma_nb.evaluation import (
     result_summary,
     result_table,
 )
-from fma_nb.metadata import GENRES, artist_groups
+from fma_nb.metadata import GENRES, artist_groups, dataset_rows, read_tracks
 from fma_nb.model import build_model, count_parameters
-from fma_nb.project import FmaNbError, outputs_dir, spectrogram_dir
+from fma_nb.project import FmaNbError, data_dir, outputs_dir, spectrogram_dir
 from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.runs.checkpoint import load_checkpoint, read_log, run_files
-from fma_nb.runs.experiment import metrics_path, read_metrics, train_and_evaluate, trained_models
+from fma_nb.runs.experiment import (
+    metrics_path,
+    read_metrics,
+    split_facts,
+    train_and_evaluate,
+    trained_models,
+)
 from fma_nb.training import predict_logits
 
 CPU = torch.device("cpu")
@@ -60,6 +72,17 @@ def remove_some(tree: Tree) -> None:
                 (folder / split / genre / f"{track_id:06d}.png").unlink()
 
 
+def write_artists(tree: Tree) -> dict[int, int]:
+    """Give the tracks artists: of each split three have two genres, the others one or two tracks of one."""
+    artists: dict[int, int] = {}
+    for split, name in FMA_SPLITS.items():
+        ids = [i for i, row in tree.items() if row[0] == split]
+        artists |= {i: 100 * len(name) + n // 2 for n, i in enumerate(ids)}
+    rows = [track_row(i, tree[i][1], FMA_SPLITS[tree[i][0]], artist) for i, artist in artists.items()]
+    write_tracks_csv(data_dir() / "raw" / "fma_metadata" / "tracks.csv", rows)
+    return artists
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tree, dict[str, dict[str, Any]]]]:
     """Two models with two seeds each, trained and evaluated on val and test: the PNGs, the metrics."""
@@ -71,6 +94,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tree, dict[s
             spectrogram_dir("fma_small", "compact"), {"train": 5, "val": 3, "test": 2}, seed=1
         )
         remove_some(tree)
+        write_artists(tree)
         pack = load_pack("fma_small", "compact")
         metrics = {
             name: train_and_evaluate(
@@ -143,6 +167,41 @@ def test_scores_follow_from_the_predictions(run: tuple[Tree, dict[str, Any]], mo
             assert probabilities[GENRES.index(found["predictions"][track_id])] == max(probabilities)
         accuracies.append(found["accuracy"])
     assert 0 < min(accuracies) < 1  # else this test would show little
+
+
+class Guess(nn.Module):
+    """Answers by the first pixels, which are noise: some clips of every artist are right."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs[:, 0, 0, :8]
+
+
+def test_artists_count_equally_within_a_genre_and_genres_equally(run: tuple[Tree, dict[str, Any]]) -> None:
+    """Against scikit-learn with a weight a clip, against a group-by, and against the bootstrap's value."""
+    tree, _ = run
+    pack = load_pack("fma_small", "compact")
+    result = evaluate_split(Guess(), pack, "train", CPU)
+    artist_of = {i: artist for i, artist in write_artists(tree).items() if tree[i][0] == "train"}
+    assert split_facts(pack, ["train"])["artists"] == {"train": {str(i): a for i, a in artist_of.items()}}
+    genres = [tree[i][1] for i in artist_of]
+    cells = list(zip(genres, artist_of.values(), strict=True))
+    predicted = [result["predictions"][str(i)] for i in artist_of]
+    weights = [1 / cells.count(cell) for cell in cells]
+    expected = balanced_accuracy_score(genres, predicted, sample_weight=weights)
+    table = pd.DataFrame(cells, columns=["genre", "artist"])
+    table["correct"] = table["genre"] == predicted
+    by_hand = table.groupby(["genre", "artist"])["correct"].mean().groupby("genre").mean().mean()
+    assert result["artist_balanced_accuracy"] == pytest.approx(expected)
+    assert by_hand == pytest.approx(expected)
+    assert abs(expected - result["accuracy"]) > 0.01  # else this test would show little
+
+    metrics = {"seeds": [{"seed": 0, "train": result}]} | split_facts(pack, ["train"])
+    correct, clips = correct_matrix(metrics, "train"), clip_table(metrics, "train")
+    assert list(clips.index) == list(correct.columns)
+    assert clips["genre"].to_dict() == {i: tree[i][1] for i in artist_of}
+    assert clips["artist"].to_dict() == artist_of
+    estimate = bootstrap_accuracy(correct, clips["artist"].tolist(), clips["genre"].tolist())
+    assert estimate.value == pytest.approx(result["artist_balanced_accuracy"])
 
 
 def test_predictions_are_the_best_checkpoints(run: tuple[Tree, dict[str, Any]]) -> None:
@@ -239,6 +298,7 @@ Damage = Callable[[dict[str, Any]], Any]
         (lambda m: m | {"genres": m["genres"][::-1]}, "genres"),
         (lambda m: m | {"labels": {"val": m["labels"]["val"]}}, "labels"),
         (lambda m: m | {"model": "baseline"}, "'baseline'"),
+        (lambda m: {key: value for key, value in m.items() if key != "artists"}, "another version"),
         (lambda _: {"model": "crnn_no_gru"}, "metrics"),
         (lambda _: [], "metrics"),
     ],
@@ -275,6 +335,9 @@ def test_trained_models_are_evaluated_on_demand(run: tuple[Tree, dict[str, Any]]
     scores = [result["test"] for result in metrics["baseline"]["seeds"]]
     assert f"{np.mean([s['accuracy'] for s in scores]):.4f}" in text
     assert f"{np.mean([s['macro_f1'] for s in scores]):.4f}" in text
+    balanced = np.mean([s["artist_balanced_accuracy"] for s in scores])
+    assert f"\nartist-balanced accuracy  {balanced:.4f}\n" in text
+    assert "by 7 artists, who count as 7, 2 seed(s)" in text  # two tracks each, 14 in all
     recall = genre_report(metrics["baseline"], "test")["recall"]
     for genre in GENRES:
         assert f"{genre:<14}{recall[genre]:.3f}" in text
@@ -332,8 +395,9 @@ def test_result_table(run: tuple[Tree, dict[str, Any]]) -> None:
             accuracies = [result[split]["accuracy"] for result in results]
             assert row[f"{split}_accuracy"] == pytest.approx(statistics.mean(accuracies))
             assert row[f"{split}_std"] == pytest.approx(statistics.stdev(accuracies))
-            macro_f1 = statistics.mean(result[split]["macro_f1"] for result in results)
-            assert row[f"{split}_macro_f1"] == pytest.approx(macro_f1)
+            for score in ("macro_f1", "artist_balanced_accuracy"):
+                mean = statistics.mean(result[split][score] for result in results)
+                assert row[f"{split}_{score}"] == pytest.approx(mean)
         assert row["seconds"] == pytest.approx(statistics.mean(r["seconds"] for r in results))
 
     single = metrics["baseline"] | {"seeds": metrics["baseline"]["seeds"][:1]}
@@ -347,6 +411,7 @@ def test_result_summary_is_the_table_in_words(run: tuple[Tree, dict[str, Any]]) 
         assert shown["model"] == row["model"]
         assert shown["val accuracy"] == f"{row['val_accuracy']:.3f} ± {row['val_std']:.3f}"
         assert shown["test macro-F1"] == f"{row['test_macro_f1']:.3f}"
+        assert shown["val artist-balanced"] == f"{row['val_artist_balanced_accuracy']:.3f}"
         assert int(shown["parameters"].replace(",", "")) == row["parameters"]
 
     single = metrics["baseline"] | {
@@ -440,10 +505,83 @@ def test_bootstrap_is_the_same_every_time() -> None:
     assert str(bootstrap_accuracy(matrix(np.ones(50)), range(50))) == "+1.000 [+1.000, +1.000]"
 
 
-def test_a_model_does_not_differ_from_itself() -> None:
+@pytest.mark.parametrize("genres", [None, [i // 100 for i in range(800)]])
+def test_a_model_does_not_differ_from_itself(genres: list[int] | None) -> None:
     correct = matrix(answers(800, 0.6))
-    estimate = paired_difference(correct, correct, range(800))
+    estimate = paired_difference(correct, correct, [i // 3 for i in range(800)], genres)
     assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
+
+
+Cells = dict[int, list[tuple[str, float]]]  # an artist's clips: genre, and how right the model is
+
+
+def balanced(cells: Sequence[list[tuple[str, float]]]) -> float:
+    """The mean over genres of the mean over artists of the mean over clips; an artist may come twice."""
+    artists: defaultdict[str, list[float]] = defaultdict(list)
+    for clips in cells:
+        for genre in {genre for genre, _ in clips}:
+            artists[genre].append(statistics.mean(right for one, right in clips if one == genre))
+    return statistics.mean(statistics.mean(means) for means in artists.values())
+
+
+def slow_interval(cells: Cells, n_resamples: int = 3000) -> tuple[float, float, float]:
+    """A percentile bootstrap over artists in plain Python: value, and the ends of the 95 % interval."""
+    chance, names = random.Random(0), list(cells)
+    drawn = sorted(
+        balanced([cells[name] for name in chance.choices(names, k=len(names))]) for _ in range(n_resamples)
+    )
+    low, high = drawn[round(0.025 * n_resamples)], drawn[round(0.975 * n_resamples)]
+    return balanced(list(cells.values())), low, high
+
+
+def uneven_answers() -> tuple[list[int], list[str], pd.DataFrame]:
+    """40 artists of 1 to 12 clips in four genres, some in two, and two models' answers to their clips."""
+    rng = np.random.default_rng(1)
+    artists = np.arange(40).repeat(rng.integers(1, 13, 40))
+    genres = np.array(list("abcd"))[(artists % 4 + (rng.random(len(artists)) < 0.1)) % 4]
+    skill = rng.random((2, 40))[:, artists]
+    return artists.tolist(), genres.tolist(), matrix(rng.random((2, len(artists))) < 0.3 + 0.4 * skill)
+
+
+def test_the_interval_of_the_balanced_accuracy_is_that_of_a_slow_bootstrap() -> None:
+    artists, genres, correct = uneven_answers()
+    cells: Cells = defaultdict(list)
+    for artist, genre, right in zip(artists, genres, correct.iloc[0], strict=True):
+        cells[artist].append((genre, right))
+    value, low, high = slow_interval(cells)
+    estimate = bootstrap_accuracy(correct.iloc[:1], artists, genres)
+    assert estimate.value == pytest.approx(value)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.05 * (high - low))
+    plain = bootstrap_accuracy(correct.iloc[:1], artists)
+    assert abs(plain.value - value) > 0.01  # else this test would show little
+
+
+def test_the_interval_of_a_balanced_difference_is_that_of_a_slow_bootstrap() -> None:
+    """A mean of differences: the same artists are drawn for both models."""
+    artists, genres, correct = uneven_answers()
+    cells: Cells = defaultdict(list)
+    for artist, genre, gain in zip(artists, genres, correct.iloc[1] - correct.iloc[0], strict=True):
+        cells[artist].append((genre, gain))
+    value, low, high = slow_interval(cells)
+    estimate = paired_difference(correct.iloc[1:], correct.iloc[:1], artists, genres)
+    assert estimate.value == pytest.approx(value)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.05 * (high - low))
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([1] * 5, 5), ([20], 1), ([31, *[1] * 9], 1600 / 970)])
+def test_effective_artists_by_hand(sizes: list[int], expected: float) -> None:
+    artists = np.arange(len(sizes)).repeat(sizes)
+    assert effective_artists(artists.tolist()) == pytest.approx(expected)
+    assert effective_artists((7 - artists[::-1]).tolist()) == pytest.approx(expected)
+
+
+def test_effective_artists_of_the_real_splits(real: Path) -> None:
+    rows = dataset_rows(read_tracks(real / "fma_small_metadata" / "tracks.csv"), "fma_small")
+    found = {
+        split: (len(part), round(effective_artists(part["artist_id"].tolist())))
+        for split, part in rows.groupby("split")
+    }
+    assert found == {"train": (6400, 403), "val": (800, 53), "test": (800, 30)}
 
 
 def test_pairing_sees_a_small_steady_difference() -> None:

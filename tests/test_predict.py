@@ -757,7 +757,7 @@ def test_a_run_without_a_crnn_is_evaluated_with_the_weights_of_the_package(
     predicted = logits.argmax(1)
     accuracy = accuracy_score(labels, predicted)
     interval = re.search(
-        r"\naccuracy +([\d.]+)\n +95 % interval +([\d.]+) to ([\d.]+), over clips, of this one network; for art",
+        r"\naccuracy +([\d.]+)\n +95 % interval +([\d.]+) to ([\d.]+), over clips, of this one network; for",
         text,
     )
     assert interval and interval[1] == f"{accuracy:.4f}"

@@ -226,8 +226,8 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, start_new_session=True, **QUIET)
 
 
-def start_worker(address: str) -> subprocess.Popen[bytes]:
-    return start("worker", address, "--nworkers", "1", "--nthreads", "1", "--no-dashboard")
+def start_worker(address: str, n_threads: int = 1) -> subprocess.Popen[bytes]:
+    return start("worker", address, "--nworkers", "1", "--nthreads", str(n_threads), "--no-dashboard")
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -243,10 +243,9 @@ def wait_for_workers(address: str, n: int) -> None:
         client.wait_for_workers(n, timeout=60)
 
 
-@pytest.fixture(scope="module")
-def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a scheduler without workers."""
-    told = tmp_path_factory.mktemp("dask") / "scheduler.json"
+def start_scheduler(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a scheduler without workers; return its process and its address."""
+    told = folder / "scheduler.json"
     process = start(
         "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(told), "--no-dashboard"
     )
@@ -254,12 +253,19 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     while not (told.exists() and told.read_text().strip().endswith("}")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    yield json.loads(told.read_text())["address"]
+    return process, json.loads(told.read_text())["address"]
+
+
+@pytest.fixture(scope="module", name="scheduler")
+def scheduler_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a scheduler without workers."""
+    process, address = start_scheduler(tmp_path_factory.mktemp("dask"))
+    yield address
     kill(process)
 
 
-@pytest.fixture
-def two_workers(scheduler: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+@pytest.fixture(name="two_workers")
+def two_workers_fixture(scheduler: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     processes = [start_worker(scheduler) for _ in range(2)]
     wait_for_workers(scheduler, 2)
     yield processes
@@ -301,23 +307,68 @@ def test_a_worker_is_killed_in_the_middle_and_every_png_is_there_once(
     assert not list(tree.rglob("*.tmp"))
 
 
-@pytest.mark.usefixtures("two_workers")
-def test_a_hanging_and_a_crashing_clip_cost_only_themselves(
-    scheduler: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextlib.contextmanager
+def known_to_the_cluster() -> Iterator[None]:
+    """The cluster cannot import this module: a nested function takes it along."""
     import cloudpickle
 
-    monkeypatch.setattr(workers, "CLIP_TIMEOUT_S", 20.0)  # a busy machine starts workers slowly
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
+
+@pytest.mark.usefixtures("two_workers")
+def test_a_hanging_and_a_crashing_clip_cost_only_themselves(scheduler: str) -> None:
     def by_value(number: int) -> str | None:
         return work(number)
 
-    # The cluster cannot import this module: a nested function takes it along.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with known_to_the_cluster():
+        # A busy machine starts workers slowly.
+        outcomes = dict(run_on_cluster(by_value, jobs(12), scheduler, timeout_s=20.0))
+    check_outcomes(outcomes, "no result within 20 s")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("the disk is full")])
+@pytest.mark.usefixtures("two_workers")
+def test_what_the_work_raises_on_a_cluster_is_not_taken_for_the_clusters_fault(
+    scheduler: str, error: Exception
+) -> None:
+    def fail(_number: int) -> None:
+        raise error
+
+    with known_to_the_cluster(), pytest.raises(type(error), match=str(error)):
+        list(run_on_cluster(fail, jobs(1), scheduler))
+
+
+@pytest.mark.parametrize("timeout_s", [60.0, None])
+def test_a_scheduler_that_goes_away_is_one_sentence(tmp_path: Path, timeout_s: float | None) -> None:
+    """As it is for spectrograms, and for trainings, which never time out."""
+    from conftest import assert_one_sentence
+
+    process, address = start_scheduler(tmp_path)
+    worker = start_worker(address)
+    wait_for_workers(address, 1)
+
+    def note_and_hang(_number: int) -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(1000)
+
+    def wait_and_kill() -> None:
+        while not (tmp_path / "begun").exists() and worker.poll() is None:
+            time.sleep(0.01)
+        kill(process)
+
+    killer = threading.Thread(target=wait_and_kill)
+    killer.start()
     try:
-        check_outcomes(dict(run_on_cluster(by_value, jobs(12), scheduler)), "no result within 20 s")
+        with known_to_the_cluster(), pytest.raises(FmaNbError) as caught:
+            list(run_on_cluster(note_and_hang, jobs(3), address, timeout_s))
+        assert_one_sentence(caught.value, address, "went away", "run the same command")
     finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        kill(worker)
+        killer.join()
 
 
 @pytest.mark.usefixtures("two_workers")
