@@ -15,7 +15,7 @@ import os
 # cuBLAS reads this once, when CUDA starts; without it matrix products on a GPU are not reproducible.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 
 def __getattr__(name: str) -> object:

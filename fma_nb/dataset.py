@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fma_nb.metadata import artist_groups
 from fma_nb.project import FmaNbError, spectrogram_dir
 
 MIN_FRAMES = 8
@@ -39,15 +40,22 @@ class Split:
         Index into the pack's genres [shape=(n_clips,)].
     track_ids
         FMA's track ids [shape=(n_clips,)].
+    artists
+        The clips' artists, from `fma_nb.metadata.artist_groups` [shape=(n_clips,)].
     """
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     track_ids: npt.NDArray[np.int64]
+    artists: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         """Return the number of clips."""
         return len(self.labels)
+
+    def take(self, chosen: npt.NDArray[Any] | slice) -> Split:
+        """Return the clips of an index: a slice, places or a mask."""
+        return Split(self.images[chosen], self.labels[chosen], self.track_ids[chosen], self.artists[chosen])
 
 
 @dataclass(frozen=True)
@@ -92,16 +100,19 @@ def open_pack(dataset: str, preset: str) -> Pack:
     pack_dir = spectrogram_dir(dataset, preset) / "pack"
     record = json.loads((pack_dir / "pack.json").read_text())
     genres = tuple(record["genres"])
-    splits = {name: _open_split(pack_dir, name, genres) for name in record["splits"]}
+    rows = {name: pd.read_csv(pack_dir / f"{name}.csv", keep_default_na=False) for name in record["splits"]}
+    track_ids = [track_id for table in rows.values() for track_id in table["track_id"].tolist()]
+    artists = dict(zip(track_ids, artist_groups(dataset, track_ids), strict=True))
+    splits = {name: _open_split(pack_dir / f"{name}.npy", rows[name], genres, artists) for name in rows}
     return Pack(dataset, preset, genres, record["fingerprint"], splits)
 
 
-def _open_split(pack_dir: Path, name: str, genres: tuple[str, ...]) -> Split:
-    rows = pd.read_csv(pack_dir / f"{name}.csv", keep_default_na=False)
+def _open_split(path: Path, rows: pd.DataFrame, genres: tuple[str, ...], artists: dict[int, int]) -> Split:
     labels = np.array([genres.index(genre) for genre in rows["genre"]], dtype=np.int64)
     # Copy-on-write: PyTorch warns about read-only arrays, and nothing here writes.
-    images = np.load(pack_dir / f"{name}.npy", mmap_mode="c")
-    return Split(images, labels, rows["track_id"].to_numpy(np.int64, copy=True))
+    images = np.load(path, mmap_mode="c")
+    track_ids = rows["track_id"].to_numpy(np.int64, copy=True)
+    return Split(images, labels, track_ids, rows["track_id"].map(artists).to_numpy(np.int64, copy=True))
 
 
 class SpectrogramDataset(Dataset[Batch]):

@@ -5,6 +5,7 @@ seed, so that models can be compared clip by clip. Notebook 05 works through the
 
 References
 ----------
+A. Flexer: "A Closer Look on Artist Filters for Musical Genre Classification", ISMIR 2007 (why artists count).
 Q. McNemar: "Note on the sampling error of the difference between correlated proportions", 1947.
 T. G. Dietterich: "Approximate Statistical Tests for Comparing Supervised Classification Learning
 Algorithms", Neural Computation 1998 (why McNemar's test).
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.stats
 import torch
-from sklearn.metrics import accuracy_score, classification_report, f1_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, classification_report, f1_score
 from torch import nn
 
 from fma_nb.dataset import Pack, SpectrogramDataset, make_loader
@@ -46,7 +47,8 @@ def evaluate_split(
     Returns
     -------
     result
-        ``accuracy``, ``macro_f1``, and by track id ``predictions`` (a genre) and ``probabilities`` (of each
+        ``accuracy``; ``artist_balanced_accuracy``, in which artists count equally within a genre, and
+        genres equally; ``macro_f1``; and by track id ``predictions`` (a genre) and ``probabilities`` (of each
         genre, rounded to 4 digits).
     """
     clips = pack.split(split)
@@ -55,13 +57,22 @@ def evaluate_split(
     probabilities = logits.softmax(1).numpy()
     predicted = logits.argmax(1).numpy()
     ids = [str(track_id) for track_id in clips.track_ids]
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
+    return split_scores(labels.numpy(), predicted, clips.artists) | {
         "predictions": {i: pack.genres[p] for i, p in zip(ids, predicted, strict=True)},
         "probabilities": {
             i: [round(float(p), 4) for p in row] for i, row in zip(ids, probabilities, strict=True)
         },
+    }
+
+
+def split_scores(labels: npt.ArrayLike, predicted: npt.ArrayLike, artists: npt.ArrayLike) -> dict[str, float]:
+    """Return ``accuracy``, ``artist_balanced_accuracy`` and ``macro_f1`` of answers to clips."""
+    clips = pd.DataFrame({"label": labels, "artist": artists})
+    weights = 1 / clips.groupby(["label", "artist"])["label"].transform("size")
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "artist_balanced_accuracy": float(balanced_accuracy_score(labels, predicted, sample_weight=weights)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
     }
 
 
@@ -87,6 +98,21 @@ def correct_matrix(metrics: Metrics, split: str) -> pd.DataFrame:
     """Return which tracks each seed got right: rows are seeds, columns track ids, values 0 or 1."""
     table = prediction_table(metrics, split)
     return table.pivot(index="seed", columns="track_id", values="correct").astype(float)
+
+
+def clip_table(metrics: Metrics, split: str) -> pd.DataFrame:
+    """Return the ``genre`` and ``artist`` of each track, in the order of the columns of `correct_matrix`."""
+    table = pd.DataFrame({"genre": metrics["labels"][split], "artist": metrics["artists"][split]})
+    return table.set_axis(table.index.astype(int)).sort_index().rename_axis("track_id")
+
+
+def effective_artists(artists: Sequence[int]) -> float:
+    """Return how many artists with equally many clips would be as good as these: n² / Σ nᵢ².
+
+    It is L. Kish's effective sample size ("Survey Sampling", 1965) for clips that are alike within an artist.
+    """
+    sizes = np.unique(artists, return_counts=True)[1]
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def genre_report(metrics: Metrics, split: str) -> pd.DataFrame:
@@ -115,7 +141,8 @@ def _result_row(name: str, metrics: Metrics) -> dict[str, Any]:
         accuracies = [result[split]["accuracy"] for result in metrics["seeds"]]
         row[f"{split}_accuracy"] = float(np.mean(accuracies))
         row[f"{split}_std"] = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan
-        row[f"{split}_macro_f1"] = float(np.mean([result[split]["macro_f1"] for result in metrics["seeds"]]))
+        for score in ("artist_balanced_accuracy", "macro_f1"):
+            row[f"{split}_{score}"] = float(np.mean([result[split][score] for result in metrics["seeds"]]))
     row["seconds"] = float(np.mean([result["seconds"] for result in metrics["seeds"]]))
     return row
 
@@ -131,6 +158,7 @@ def _summary_row(row: dict[str, Any], splits: Sequence[str]) -> dict[str, str]:
         if f"{split}_accuracy" in row:
             spread = "" if pd.isna(row[f"{split}_std"]) else f" ± {row[f'{split}_std']:.3f}"
             shown[f"{split} accuracy"] = f"{row[f'{split}_accuracy']:.3f}{spread}"
+            shown[f"{split} artist-balanced"] = f"{row[f'{split}_artist_balanced_accuracy']:.3f}"
             shown[f"{split} macro-F1"] = f"{row[f'{split}_macro_f1']:.3f}"
     return shown | {
         "parameters": f"{row['parameters']:,}",
@@ -152,39 +180,49 @@ class Estimate:
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-def bootstrap_accuracy(correct: pd.DataFrame, groups: Sequence[int], *, n_resamples: int = 5000) -> Estimate:
-    """Estimate accuracy with a percentile bootstrap over seeds and groups of tracks.
+def bootstrap_accuracy(
+    correct: pd.DataFrame,
+    artists: Sequence[int],
+    genres: Sequence[str] | None = None,
+    *,
+    n_resamples: int = 5000,
+) -> Estimate:
+    """Estimate accuracy with a percentile bootstrap over seeds and artists.
 
     Parameters
     ----------
     correct [shape=(n_seeds, n_tracks)]
         From `correct_matrix`.
-    groups [shape=(n_tracks,)]
-        Tracks of one group (an artist) are drawn together.
+    artists [shape=(n_tracks,)]
+        Tracks of one artist are drawn together.
+    genres [shape=(n_tracks,)]
+        With them it is the artist-balanced accuracy: artists count equally within a genre, genres equally.
     """
     rng = np.random.default_rng(0)
-    tracks = _resampled_tracks(groups, n_resamples, rng)
-    return _estimate(float(correct.to_numpy().mean()), _resampled_means(correct, tracks, rng))
+    drawn = _draw(len(set(artists)), n_resamples, rng)
+    resampled = _seeds_drawn(_accuracies(correct, artists, genres, drawn), rng)
+    return _estimate(_accuracy(correct, artists, genres), resampled)
 
 
 def paired_difference(
     correct: pd.DataFrame,
     baseline: pd.DataFrame,
-    groups: Sequence[int],
+    artists: Sequence[int],
+    genres: Sequence[str] | None = None,
     *,
     same_networks: bool = False,
     n_resamples: int = 5000,
 ) -> Estimate:
     """Estimate how much more accurate one model is than another on the same tracks.
 
-    Each resample draws groups of tracks, the same for both models, and seeds.
+    Each resample draws artists, the same for both models, and seeds.
 
     Parameters
     ----------
     correct, baseline [shape=(n_seeds, n_tracks)]
         From `correct_matrix`: the model in question, and the one to compare it with.
-    groups [shape=(n_tracks,)]
-        Tracks of one group (an artist) are drawn together.
+    artists, genres [shape=(n_tracks,)]
+        As in `bootstrap_accuracy`.
     same_networks
         Row i of both is the same trained network under two conditions: seeds are drawn for both at once.
 
@@ -196,29 +234,51 @@ def paired_difference(
     if list(correct.columns) != list(baseline.columns):
         raise FmaNbError("a paired comparison needs predictions for the same tracks, in one order.")
     rng = np.random.default_rng(0)
-    tracks = _resampled_tracks(groups, n_resamples, rng)
+    drawn = _draw(len(set(artists)), n_resamples, rng)
+    ours, theirs = (_accuracies(matrix, artists, genres, drawn) for matrix in (correct, baseline))
     if same_networks:
-        resampled = _resampled_means(correct - baseline.to_numpy(), tracks, rng)
+        resampled = _seeds_drawn(ours - theirs, rng)
     else:
-        resampled = _resampled_means(correct, tracks, rng) - _resampled_means(baseline, tracks, rng)
-    return _estimate(float(correct.to_numpy().mean() - baseline.to_numpy().mean()), resampled)
+        resampled = _seeds_drawn(ours, rng) - _seeds_drawn(theirs, rng)
+    value = _accuracy(correct, artists, genres) - _accuracy(baseline, artists, genres)
+    return _estimate(value, resampled)
 
 
-def _resampled_tracks(groups: Sequence[int], n_resamples: int, rng: np.random.Generator) -> Floats:
-    """Draw groups with replacement; return each track's weight [shape=(n_resamples, n_tracks)]."""
-    # How often a group is drawn in n draws with replacement is a multinomial count.
-    names, members = np.unique(groups, return_inverse=True)
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_resamples)
-    weights = counts[:, members].astype(float)
-    shares: Floats = weights / weights.sum(axis=1, keepdims=True)
-    return shares
+def _draw(n: int, n_resamples: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Draw n of n with replacement; return how often each was drawn [shape=(n_resamples, n)]."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)
 
 
-def _resampled_means(correct: pd.DataFrame, tracks: Floats, rng: np.random.Generator) -> Floats:
-    n_seeds = len(correct)
-    seeds_drawn = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=len(tracks)) / n_seeds
-    # r: resample, s: seed, t: track.
-    means: Floats = np.einsum("rs,st,rt->r", seeds_drawn, correct.to_numpy(), tracks, optimize=True)
+def _accuracies(
+    correct: pd.DataFrame, artists: Sequence[int], genres: Sequence[str] | None, drawn: npt.NDArray[np.int64]
+) -> Floats:
+    """Return each seed's accuracy [shape=(n_resamples, n_seeds)] when artists are drawn that often.
+
+    A genre of which no artist is drawn does not count in that resample.
+    """
+    names, artist = np.unique(artists, return_inverse=True)
+    genre = np.zeros_like(artist) if genres is None else np.unique(genres, return_inverse=True)[1]
+    answers = np.vstack([correct.to_numpy(), np.ones(len(artist))])  # the last row counts the clips
+    shape = len(names), int(genre.max()) + 1
+    cells = np.ravel_multi_index((artist, genre), shape)
+    sums = np.stack([np.bincount(cells, row, shape[0] * shape[1]).reshape(shape) for row in answers])
+    if genres is not None:
+        sums = sums / np.maximum(sums[-1], 1)  # the mean over an artist's clips of a genre
+    totals = np.tensordot(drawn, sums, axes=(1, 1))  # (n_resamples, n_seeds + 1, n_genres)
+    with np.errstate(invalid="ignore"):
+        means: Floats = np.nanmean(totals[:, :-1] / totals[:, -1:], axis=2)
+    return means
+
+
+def _accuracy(correct: pd.DataFrame, artists: Sequence[int], genres: Sequence[str] | None) -> float:
+    once = np.ones((1, len(set(artists))), dtype=np.int64)
+    return float(_accuracies(correct, artists, genres, once).mean())
+
+
+def _seeds_drawn(accuracies: Floats, rng: np.random.Generator) -> Floats:
+    """Average the accuracies [shape=(n_resamples, n_seeds)] over as many seeds, drawn with replacement."""
+    n_seeds = accuracies.shape[1]
+    means: Floats = (accuracies * _draw(n_seeds, len(accuracies), rng)).sum(axis=1) / n_seeds
     return means
 
 

@@ -47,18 +47,10 @@ _NEEDED_COLUMNS = ("set.split", "set.subset", "track.genre_top", "track.title", 
 
 @dataclass(frozen=True)
 class Index:
-    """The clips of a dataset, and those that were left out.
+    """The clips of a dataset, and those that were left out."""
 
-    Attributes
-    ----------
-    tracks
-        One row a usable track, columns `INDEX_COLUMNS`, ordered by ``track_id``.
-    dropped
-        One row a track that was left out: ``track_id, path, reason``.
-    """
-
-    tracks: pd.DataFrame
-    dropped: pd.DataFrame
+    tracks: pd.DataFrame  # one row a usable track, columns `INDEX_COLUMNS`, ordered by track_id
+    dropped: pd.DataFrame  # one row a track that was left out: track_id, path, reason
 
     def summary(self) -> str:
         """Return one line: how many tracks there are and how many were dropped for which reason."""
@@ -83,8 +75,7 @@ def read_tracks(path: Path) -> pd.DataFrame:
         raise FmaNbError(_damaged(path, str(error).splitlines()[-1])) from error
     if not _ends_with_newline(path):
         raise FmaNbError(_damaged(path, "its last row is cut off"))
-    missing = [name for name in _NEEDED_COLUMNS if tuple(name.split(".")) not in tracks.columns]
-    if missing:
+    if missing := [name for name in _NEEDED_COLUMNS if tuple(name.split(".")) not in tracks.columns]:
         raise FmaNbError(_damaged(path, f"no column {', '.join(missing)} under two header rows"))
     _check_rows(tracks, path)
     return tracks
@@ -131,20 +122,16 @@ def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
     chosen = tracks[tracks["set", "subset"].isin(_SUBSETS[dataset]) & tracks["track", "genre_top"].notna()]
     if chosen.empty:
         raise FmaNbError(f"dataset={dataset}: its tracks.csv has no row of this subset with a genre.")
-    rows = pd.DataFrame(
-        {
-            "track_id": chosen.index.to_numpy(),
-            "split": chosen["set", "split"].map(_SPLIT_NAMES).to_numpy(),
-            "genre": chosen["track", "genre_top"].astype(str).to_numpy(),
-            "artist_id": chosen["artist", "id"].astype(int).to_numpy(),
-            "title": chosen["track", "title"].fillna("").astype(str).to_numpy(),
-        }
-    )
-    if rows["split"].isna().any():
-        bad = chosen["set", "split"][rows["split"].isna().to_numpy()].iloc[0]
-        raise FmaNbError(f"tracks.csv: set.split={bad!r} is none of training, validation, test.")
-    rows["path"] = [str(path) for path in clip_paths(dataset, rows["track_id"])]
-    return rows.sort_values("track_id", ignore_index=True)[INDEX_COLUMNS]
+    unknown = chosen["set", "split"][~chosen["set", "split"].isin(_SPLIT_NAMES)]
+    if len(unknown):
+        raise FmaNbError(f"tracks.csv: set.split={unknown.iloc[0]!r} is none of training, validation, test.")
+    rows = pd.DataFrame(index=chosen.index.rename("track_id"))
+    rows["split"] = chosen["set", "split"].map(_SPLIT_NAMES)
+    rows["genre"] = chosen["track", "genre_top"].astype(str)
+    rows["artist_id"] = chosen["artist", "id"].astype(int)
+    rows["title"] = chosen["track", "title"].fillna("").astype(str)
+    rows["path"] = [str(path) for path in clip_paths(dataset, rows.index)]
+    return rows.sort_index().reset_index()
 
 
 def check_index(rows: pd.DataFrame, dataset: str) -> None:
@@ -155,10 +142,9 @@ def check_index(rows: pd.DataFrame, dataset: str) -> None:
     FmaNbError
         Naming the split, genre, artist or track that breaks a promise.
     """
-    if dataset in ("fma_mini", "fma_small"):
-        unknown = sorted(set(rows["genre"]) - set(GENRES))
-        if unknown:
-            raise FmaNbError(f"{dataset}: genre {unknown[0]!r} is not one of {', '.join(GENRES)}.")
+    unknown = sorted(set(rows["genre"]) - set(GENRES))
+    if unknown and dataset in ("fma_mini", "fma_small"):
+        raise FmaNbError(f"{dataset}: genre {unknown[0]!r} is not one of {', '.join(GENRES)}.")
     twice = rows["track_id"][rows["track_id"].duplicated()].tolist()
     if twice:
         raise FmaNbError(f"{dataset}: track {twice[0]} stands in the index twice.")

@@ -146,10 +146,13 @@ def ablation_plot(ax: Axes, table: pd.DataFrame) -> Axes:
     The text on the right is the row's own accuracy.
     """
     first, *rows = table.itertuples()
-    changes = {f"{r.row} ({r.seeds})": Estimate(100 * r.difference, 100 * r.low, 100 * r.high) for r in rows}
-    texts = [f"{r.val_mean:.3f}" + ("" if pd.isna(r.val_std) else f" ± {r.val_std:.3f}") for r in rows]
+    changes = {
+        f"{r.row} ({r.seeds})": Estimate(100 * r.difference, 100 * r.difference_low, 100 * r.difference_high)
+        for r in rows
+    }
+    texts = [f"{r.accuracy:.3f}" + ("" if pd.isna(r.spread) else f" ± {r.spread:.3f}") for r in rows]
     interval_plot(ax, changes, texts=texts)
-    ax.set_xlabel(f"change in val accuracy against {first.row} ({first.val_mean:.3f}), points")
+    ax.set_xlabel(f"change in accuracy against {first.row} ({first.accuracy:.3f}), points")
     return ax
 
 

@@ -6,10 +6,9 @@ finished; in a log it is that finished line alone.
 
 from __future__ import annotations
 
+import io
 import sys
-import time
 import warnings
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -32,78 +31,65 @@ def _in_notebook() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
-class _Line:
-    """A text that a notebook shows as plain text, also after it was saved and exported."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-class Progress:
+class Progress(tqdm):  # type: ignore[misc]  # tqdm has no types
     """Count finished items: ``with Progress(240, "spectrograms", "clip") as bar: bar.update()``.
 
-    Parameters
-    ----------
-    total
-        How many items there will be. ``None`` when that is unknown; set the attribute once it is known.
-    what
-        The work, as a short noun.
-    unit
-        One item, in the singular. ``"B"`` counts bytes, shown in kB, MB or GB.
-    visible
-        ``False`` shows nothing.
+    Where the total is not known, give ``None`` and set the attribute ``total`` once it is. The unit is one
+    item, in the singular; ``"B"`` counts bytes, shown in kB, MB or GB.
     """
 
-    def __init__(self, total: int | None, what: str, unit: str, *, visible: bool = True) -> None:
-        self.total, self.what, self.unit = total, what, unit
-        self.visible = visible
-        self.n = self._first = 0
-        self._started = self._drawn = time.monotonic()
-        self._bar: Any = None
-        self._handle: Any = None
+    monitor_interval = 0  # no thread beside the work: each update looks at the clock
 
-    def __enter__(self) -> Progress:
-        if not self.visible:
-            return self
-        if _in_notebook():
+    def __init__(self, total: int | None, what: str, unit: str, *, visible: bool = True) -> None:
+        self._handle: Any = None
+        if visible and _in_notebook():
             from IPython.display import display
 
-            self._handle = display(_Line(f"{self.what}: starting"), display_id=True)
-        elif sys.stderr.isatty():
-            self._bar = self._terminal_bar()
-        return self
-
-    def _terminal_bar(self) -> Any:
-        count = {"total": self.total, "initial": self.n, "unit": self.unit, "unit_scale": self.unit == "B"}
-        return tqdm(desc=self.what, leave=False, **count)
+            self._handle = display({"text/plain": f"{what}: starting"}, raw=True, display_id=True)
+        self._in_terminal = self._handle is None and sys.stderr.isatty()
+        place = {} if self._in_terminal else {"file": io.StringIO(), "mininterval": REDRAW_S}
+        count = {"total": total, "unit": unit, "unit_scale": unit == "B", "miniters": 0}
+        super().__init__(desc=what, leave=False, disable=not visible, **count, **place)
 
     def start_at(self, n: int) -> None:
         """Count on from ``n`` items that were there before; called again, it starts over."""
-        self.n = self._first = n
-        self._started = time.monotonic()
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = self._terminal_bar()
+        self.reset()
+        self.n = self.initial = self.last_print_n = n
+        self.refresh()
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Count ``n`` more items, and show ``note`` beside the count."""
-        self.n += n
-        if self._bar is not None:
-            self._bar.total = self.total
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(n)
-        now = time.monotonic()
-        if self._handle is not None and now - self._drawn > REDRAW_S:
-            self._drawn = now
-            self._handle.update(_Line(f"{self.what}: {self._count()}{self._time_left(now)}  {note}"))
+        self.set_postfix_str(note, refresh=False)
+        super().update(n)
 
     def write(self, text: str) -> None:
         """Show a line above the bar, in a terminal alone."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+        if self._in_terminal:
+            super().write(text, file=sys.stderr)
+
+    def display(self, *arguments: Any, **options: Any) -> None:
+        """Draw the bar; tqdm calls this when it is time to."""
+        if self._in_terminal:
+            super().display(*arguments, **options)
+        elif self._handle is not None and self.n > self.initial:
+            seconds = self.format_dict["elapsed"] / (self.n - self.initial) * ((self.total or 0) - self.n)
+            left = f", {seconds:.0f} s left" if self.total else ""
+            self._show(f"{self.desc}: {self._count()}{left}  {self.postfix}")
+
+    def close(self) -> None:
+        """Remove the bar and leave the finished line behind."""
+        if self.disable:
+            return
+        super().close()
+        line = f"{self.desc}: {self._count()} in {self.format_dict['elapsed']:.1f} s"
+        if self._handle is not None:
+            self._show(line)
+        else:
+            print(line, flush=True)
+
+    def _show(self, text: str) -> None:
+        """Replace the line in a notebook by another, kept as plain text."""
+        self._handle.update({"text/plain": text}, raw=True)
 
     def _count(self) -> str:
         """Return what is finished: ``240 clips``, ``12 of 240 clips``, ``7.68GB``."""
@@ -111,23 +97,3 @@ class Progress:
         if self.unit == "B":
             return " of ".join(map(format_bytes, numbers))
         return f"{' of '.join(map(str, numbers))} {self.unit}s"
-
-    def _time_left(self, now: float) -> str:
-        n_counted = self.n - self._first
-        if self.total is None or n_counted <= 0:
-            return ""
-        return f", {(now - self._started) / n_counted * (self.total - self.n):.0f} s left"
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if not self.visible:
-            return
-        seconds = time.monotonic() - self._started
-        line = f"{self.what}: {self._count()} in {seconds:.1f} s"
-        if self._handle is not None:
-            self._handle.update(_Line(line))
-        else:
-            print(line, flush=True)

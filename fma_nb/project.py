@@ -38,20 +38,15 @@ def project_root() -> Path:
 
 def data_dir() -> Path:
     """Return the data folder: ``$FMA_NB_DATA``, else ``data/`` in the project's root."""
-    return _folder_of("FMA_NB_DATA", "data")
+    return user_path(os.environ.get("FMA_NB_DATA") or project_root() / "data")
 
 
 def outputs_dir() -> Path:
     """Return the outputs folder: ``$FMA_NB_OUTPUTS``, else ``outputs/`` in the project's root."""
-    return _folder_of("FMA_NB_OUTPUTS", "outputs")
+    return user_path(os.environ.get("FMA_NB_OUTPUTS") or project_root() / "outputs")
 
 
-def _folder_of(variable: str, default: str) -> Path:
-    given = os.environ.get(variable)
-    return user_path(given) if given else project_root() / default
-
-
-def user_path(text: str) -> Path:
+def user_path(text: str | Path) -> Path:
     """Return a path that a user gave as an absolute one: it means the folder where the command was typed.
 
     A kernel runs in the folder of its notebook; the shell that started it has left its own in ``PWD``.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_sentence, write_png_tree
+from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
 
 from fma_nb.bulk.pack import load_pack
 from fma_nb.dataset import Pack, SpectrogramDataset, make_loader, open_pack, to_input
@@ -34,6 +36,46 @@ def test_a_pack_knows_what_is_in_it(pack: Pack) -> None:
 
 def test_images_stay_on_the_disk_until_they_are_needed(pack: Pack) -> None:
     assert isinstance(pack.split("train").images, np.memmap)
+
+
+def test_chosen_clips_keep_what_belongs_to_them(pack: Pack) -> None:
+    split = pack.split("train")
+    for chosen in (np.array([5, 2, 11]), split.labels == 3, slice(4, 9)):
+        part = split.take(chosen)
+        for field in ("images", "labels", "track_ids", "artists"):
+            np.testing.assert_array_equal(getattr(part, field), getattr(split, field)[chosen])
+    assert len(split.take(split.labels == 3)) == 3
+
+
+def test_without_metadata_each_clip_is_its_own_artist(pack: Pack) -> None:
+    artists = np.concatenate([pack.split(name).artists for name in ("train", "val")])
+    assert len(set(artists)) == 40
+    assert (artists < 0).all()  # no artist of FMA has such a number
+
+
+def test_clips_know_their_artists_and_what_the_metadata_lacks_is_said_once(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 2, "val": 1})
+    known = {track_id: 500 + i // 2 for i, track_id in enumerate(tree) if i > 2}
+    rows = [track_row(i, tree[i][1], artist_id=artist) for i, artist in known.items()]
+    write_tracks_csv(project / "data" / "raw" / "fma_metadata" / "tracks.csv", rows)
+    capsys.readouterr()
+    pack = load_pack("fma_small", "compact")
+    assert capsys.readouterr().out.count("3 of 24 tracks are not in fma_small's metadata") == 1
+    found = {int(i): int(a) for s in pack.splits.values() for i, a in zip(s.track_ids, s.artists, strict=True)}
+    assert {i: artist for i, artist in found.items() if i in known} == known
+    assert len(set(found.values()) - set(known.values())) == 3
+
+
+def test_a_pack_whose_tracks_are_all_unknown_to_the_metadata_says_so(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 2, "val": 1})
+    write_tracks_csv(project / "data" / "raw" / "fma_metadata" / "tracks.csv", [track_row(2, "Rock")])
+    pack = load_pack("fma_small", "compact")
+    assert "24 of 24 tracks are not in fma_small's metadata" in capsys.readouterr().out
+    assert len({artist for split in pack.splits.values() for artist in split.artists}) == 24
 
 
 def test_a_split_that_is_not_there_is_named(pack: Pack) -> None:

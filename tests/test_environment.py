@@ -1,4 +1,4 @@
-"""What has to be installed, what a wheel holds, and what a process loads that makes spectrograms."""
+"""What has to be installed, what a wheel holds, what a process loads, and the release."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import music, write_mp3
 
+from fma_nb import __version__
 from fma_nb.metadata import GENRES
 from fma_nb.project import project_root
 from fma_nb.spectrogram import get_preset, make_spectrogram
@@ -113,6 +114,10 @@ def its_python(wheel: Path) -> Path:
     return python
 
 
+def test_a_wheel_has_the_version_of_the_package(wheel: Path) -> None:
+    assert wheel.name.startswith(f"fma_nb-{__version__}-")
+
+
 def test_a_wheel_holds_every_module_the_weights_and_the_templates(wheel: Path) -> None:
     package = project_root() / "fma_nb"
     wanted = [*package.rglob("*.py"), *package.rglob("*.j2"), *(package / "weights").iterdir()]
@@ -168,3 +173,25 @@ def test_a_worker_that_is_sent_its_function_loads_little() -> None:
     loaded = loaded_by(f"import pickle; pickle.loads({work!r})")
     assert "fma_nb.spectrogram" in loaded
     assert not loaded & HEAVY
+
+
+# ----- the release -----
+
+
+def test_citation_and_changelog_name_the_version_and_its_date() -> None:
+    citation = (project_root() / "CITATION.cff").read_text()
+    cited = [re.search(rf"^{key}: (\S+)$", citation, re.MULTILINE)[1] for key in ("version", "date-released")]
+    changelog = (project_root() / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[(.+?)\] - (\S+)$", changelog, re.MULTILINE).groups()
+    assert cited == list(newest)
+    assert cited[0] == __version__
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"),
+    [("github-workflows", ".github/workflows/test.yml"), ("citation-file-format", "CITATION.cff")],
+)
+def test_a_file_that_others_read_has_their_form(schema: str, name: str) -> None:
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
+    done = subprocess.run([*check, str(project_root() / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -22,7 +22,7 @@ import pytest
 import soundfile as sf
 import torch
 from conftest import assert_one_sentence, music, write_mp3, write_png_tree
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 import fma_nb
 from fma_nb.audio import UnreadableClipError, load_windows
@@ -757,10 +757,12 @@ def test_a_run_without_a_crnn_is_evaluated_with_the_weights_of_the_package(
     predicted = logits.argmax(1)
     accuracy = accuracy_score(labels, predicted)
     interval = re.search(
-        r"accuracy +([\d.]+)\n95 % interval +([\d.]+) to ([\d.]+), over clips, of this one network; for art",
+        r"\naccuracy +([\d.]+)\n +95 % interval +([\d.]+) to ([\d.]+), over clips, of this one network; for art",
         text,
     )
     assert interval and interval[1] == f"{accuracy:.4f}"
+    balanced = balanced_accuracy_score(labels, predicted)  # each clip is its own artist
+    assert f"\nartist-balanced accuracy  {balanced:.4f}\n" in text
     assert float(interval[2]) <= accuracy <= float(interval[3])
     macro_f1 = f1_score(labels, predicted, average="macro", zero_division=0)
     assert f"macro-F1  {macro_f1:.4f}\n" in text
@@ -789,6 +791,7 @@ def test_a_trained_run_is_preferred_to_the_package(
 ) -> None:
     text = evaluated(capsys, "--dataset", "fma_mini", "--run", RUN)
     assert "the weights of the package" not in text
-    mean = np.mean([result["test"]["accuracy"] for result in run["seeds"]])
-    assert f"accuracy  {mean:.4f}" in text
+    for name in ("accuracy", "artist_balanced_accuracy"):
+        mean = np.mean([result["test"][name] for result in run["seeds"]])
+        assert f"\n{name.replace('artist_', 'artist-').replace('_', ' ')}  {mean:.4f}\n" in text
     assert "2 seed(s)" in text

@@ -6,9 +6,8 @@ import re
 
 import matplotlib.pyplot as plt
 import nbformat
-import pandas as pd
 import pytest
-from conftest import assert_one_sentence
+from conftest import assert_one_sentence, track_row, write_tracks_csv
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fma_nb.commands.report import write_report
@@ -29,12 +28,13 @@ def write_notebook(project, *cells, name="01_eda"):
     nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · A <first> look"), *cells]), path)
 
 
-def write_metrics(project, model, n_right, labels=None):
+def write_metrics(project, model, n_right, labels=None, artist_of=int):
     """Two seeds of a model that is right on the first tracks."""
     labels = labels or dict.fromkeys(TRACKS, "Folk")
     predictions = {t: "Folk" if i < n_right else "Rock" for i, t in enumerate(labels)}
     result = {
         "accuracy": n_right / len(labels),
+        "artist_balanced_accuracy": 0.25,
         "macro_f1": 0.5,
         "predictions": predictions,
         "probabilities": {track_id: [0.4, 0.6] for track_id in labels},
@@ -52,6 +52,7 @@ def write_metrics(project, model, n_right, labels=None):
         "versions": {"torch": "2.11"},
         "date": "2026-11-24",
         "labels": {"val": labels},
+        "artists": {"val": {track_id: artist_of(track_id) for track_id in labels}},
         "seeds": [
             {"seed": seed, "seconds": 1.0, "last_val_accuracy": 0.5, "val": result} for seed in range(2)
         ],
@@ -136,19 +137,20 @@ def test_the_control_stands_in_the_same_sentence(project):
 def test_the_interval_says_how_many_artists_it_rests_on(project):
     """Artist 1 has 31 of 40 clips, nine more one each: 40² / (31² + 9) = 1.65."""
     write_notebook(project)
-    write_metrics(project, "baseline", 20)
-    write_metrics(project, "crnn", 36)
+    for model, n_right in (("baseline", 20), ("crnn", 36)):
+        write_metrics(project, model, n_right, artist_of=lambda track_id: max(1, int(track_id) - 29))
     assert "Who made each clip is not known" in words(write_report("a_run").read_text())
-    columns = pd.MultiIndex.from_tuples(
-        [("set", "split"), ("set", "subset"), ("track", "genre_top"), ("track", "title"), ("artist", "id")]
-    )
-    rows = [("validation", "small", "Folk", "a title", max(1, int(t) - 29)) for t in TRACKS]
-    tracks = project / "data" / "raw" / "fma_metadata" / "tracks.csv"
-    tracks.parent.mkdir(parents=True)
-    index = pd.Index(map(int, TRACKS), name="track_id")
-    pd.DataFrame(rows, columns=columns, index=index).to_csv(tracks)
+    write_tracks_csv(project / "data" / "raw" / "fma_metadata" / "tracks.csv", [track_row(2, "Folk")])
     shown = words(write_report("a_run").read_text())
     assert "by 10 artists" in shown and "count as 2 artists with equally many" in shown
+
+
+def test_both_accuracies_stand_in_the_table(project):
+    write_notebook(project)
+    write_metrics(project, "crnn", 36)
+    page = write_report("a_run").read_text()
+    assert re.search(r"val accuracy</th>\s*<td>0\.900", page)
+    assert re.search(r"val artist-balanced</th>\s*<td>0\.250", page)
 
 
 def test_models_that_met_other_clips_are_not_compared(project):

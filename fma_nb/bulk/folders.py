@@ -22,23 +22,14 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and keep others from writing to it inside a ``with`` block; wait for those who do.
-
-    Raises
-    ------
-    FmaNbError
-        When the folder or its lock, perhaps another user's, cannot be written.
-    """
+    """Make a folder and keep others from writing to it inside a ``with`` block; wait for those who do."""
     make_folder(folder)
-    lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire()
-    except OSError as error:
+        lock = filelock.FileLock(folder / ".lock").acquire()
+    except OSError as error:  # it may be another user's
         raise cannot_write(folder / ".lock", error) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def clear_temporaries(folder: Path) -> None:

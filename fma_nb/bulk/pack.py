@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,29 +56,15 @@ def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val"
 
 
 def scan_pngs(folder: Path) -> pd.DataFrame:
-    """List the PNGs below a spectrogram folder: ``track_id, split, genre, size, mtime_ns``.
-
-    Raises
-    ------
-    FmaNbError
-        When a PNG's name is not a track id, or it is a link to nowhere.
-    """
-    found: list[dict[str, Any]] = []
+    """List the PNGs below a spectrogram folder: ``track_id, split, genre, size, mtime_ns``."""
+    found = []
     for split in SPLITS:
         for genre_dir in sorted((folder / split).glob("[!.]*/")):
             for png in sorted(genre_dir.glob("[!.]*.png")):
                 if not (png.stem.isdecimal() and png.name == png_name(int(png.stem))):
                     raise FmaNbError(f"{png}: a spectrogram is named after its track, as in 000002.png.")
                 status = _status(png)
-                found.append(
-                    {
-                        "track_id": int(png.stem),
-                        "split": split,
-                        "genre": genre_dir.name,
-                        "size": status.st_size,
-                        "mtime_ns": status.st_mtime_ns,
-                    }
-                )
+                found.append((int(png.stem), split, genre_dir.name, status.st_size, status.st_mtime_ns))
     return pd.DataFrame(found, columns=["track_id", "split", "genre", "size", "mtime_ns"])
 
 

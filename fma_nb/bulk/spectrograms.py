@@ -6,6 +6,7 @@ clips that had to be skipped. A PNG that exists is done, so a killed run goes on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -39,22 +40,15 @@ def make_spectrograms(
     progress: bool = True,
     partial: bool = False,
 ) -> pd.DataFrame:
-    """Make the PNGs of a whole dataset that are not there yet, over all cores.
+    """Make the PNGs of a whole dataset that are not there yet, over all cores or as many ``workers``.
 
-    A PNG that exists is done, so a killed run goes on where it was. A second run on the same folder
-    waits for the first. Where all is done nothing is written: the folder may be somebody else's. Missing
-    MP3s are counted, and the work goes on with those that are there.
+    A second run on the same folder waits for the first. Where all is done nothing is written: the folder
+    may be somebody else's. Missing MP3s are counted, and the work goes on with those that are there.
 
     Parameters
     ----------
-    dataset, preset_name
-        What to read, and how.
-    workers
-        Processes on this machine; ``None`` takes every core.
     scheduler
         Address of a Dask scheduler whose workers do the work instead (`fma_nb.bulk.workers`).
-    progress
-        Show a progress bar.
     partial
         Go on where a split lacks a genre, for a first look at a download that has only begun.
 
@@ -101,16 +95,12 @@ def _tell_missing(index: Index) -> None:
 
 def _to_do(index: Index, folder: Path) -> tuple[dict[Job, int], dict[int, str]]:
     """Return the clips to make, and those to skip with the reason: an earlier run could not read them."""
-    known = _known_skips(folder, index)
-    jobs = {job: track_id for job, track_id in _missing(index, folder) if track_id not in known}
-    return jobs, known
-
-
-def _missing(index: Index, folder: Path) -> Iterator[tuple[Job, int]]:
+    known, jobs = _known_skips(folder, index), {}
     for row in index.tracks.itertuples():
         png = png_path(folder, row.split, row.genre, row.track_id)
-        if not png.exists():
-            yield (Path(row.path), png), row.track_id
+        if row.track_id not in known and not png.exists():
+            jobs[Path(row.path), png] = row.track_id
+    return jobs, known
 
 
 def _failures(
@@ -132,19 +122,15 @@ def _failures(
 
 
 def _settings(preset: Preset) -> dict[str, Any]:
-    return asdict(preset) | {
-        "mel_scale": "slaney",
-        "norm": "slaney",
-        "power": 2.0,
-        "dynamic_range_db": DYNAMIC_RANGE_DB,
-        "reference": "maximum of the clip",
-        "highest_band": "top row",
-    }
+    usual = {"mel_scale": "slaney", "norm": "slaney", "power": 2.0, "dynamic_range_db": DYNAMIC_RANGE_DB}
+    return asdict(preset) | usual | {"reference": "maximum of the clip", "highest_band": "top row"}
 
 
 def _check_mel_json(folder: Path, preset: Preset) -> None:
-    path = folder / "mel.json"
-    if path.exists() and _read_json(path) != _settings(preset):
+    path, found = folder / "mel.json", None
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_text()) if path.exists() else _settings(preset)
+    if found != _settings(preset):
         raise FmaNbError(
             f"{path} is damaged or tells of other settings than preset {preset.name!r}: "
             "move that folder away and run the same command again."
@@ -155,13 +141,6 @@ def _write_mel_json(folder: Path, preset: Preset) -> None:
     if not (folder / "mel.json").exists():
         with atomic_path(folder / "mel.json") as temporary:
             temporary.write_text(json.dumps(_settings(preset), indent=2) + "\n")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        return None
 
 
 def _known_skips(folder: Path, index: Index) -> dict[int, str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -50,7 +52,7 @@ def run_locally(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: floa
     workers
         Number of processes, a core each.
     cpu_limit_s
-        Processor time that a job may use, in s.
+        Processor time that a job may use, in s; 0 sets no limit.
 
     Yields
     ------
@@ -194,8 +196,19 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def run_on_cluster(work: Work, jobs: Iterable[Job], scheduler: str) -> Outcomes:
+def run_on_cluster(
+    work: Work,
+    jobs: Iterable[Job],
+    scheduler: str,
+    timeout_s: float | None = CLIP_TIMEOUT_S,
+    *,
+    one_thread: bool = False,
+) -> Outcomes:
     """Do as `run_locally` does, on the workers of a Dask scheduler, for example ``tcp://10.0.0.1:8786``.
+
+    When nothing is finished within ``timeout_s``, what the workers have in hand is given up; ``None`` never
+    gives up. With ``one_thread`` a worker that would run two jobs at a time in one process is refused: they
+    would share its random state.
 
     Scheduler and workers need this package, and the workers must see the same files under the same
     paths. Workers may join, leave and die while it runs: Dask gives what they had in hand to the others.
@@ -203,19 +216,20 @@ def run_on_cluster(work: Work, jobs: Iterable[Job], scheduler: str) -> Outcomes:
     Raises
     ------
     FmaNbError
-        When Dask is not installed, the scheduler does not answer, it has no workers, or the package is
-        missing there.
+        When Dask is not installed, the scheduler does not answer or goes away, it has no workers, or the
+        package is missing there.
     """
-    with _connected(scheduler) as client:
+    with _connected(scheduler) as client, _still_there(client, scheduler):
         waiting: dict[Any, Job] = {}
         source = iter(jobs)
         while True:
             room = AHEAD * max(1, sum(client.nthreads().values())) - len(waiting)
             for job in itertools.islice(source, max(0, room)):
-                waiting[client.submit(work, *job, pure=False)] = job
+                call = (_on_one_thread, work, *job) if one_thread else (work, *job)
+                waiting[client.submit(*call, pure=False)] = job
             if not waiting:
                 return
-            for future, reason in _finished(client, list(waiting), scheduler):
+            for future, reason in _finished(client, list(waiting), scheduler, timeout_s):
                 yield waiting.pop(future), reason
 
 
@@ -225,6 +239,7 @@ def _connected(scheduler: str) -> Iterator[Any]:
         from distributed import Client
     except ImportError as error:
         raise FmaNbError("--scheduler needs Dask: install it with pip install 'fma-nb[cluster]'.") from error
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what there is to say is said here
     try:
         client = Client(scheduler, timeout=CONNECT_TIMEOUT_S)
     except (OSError, TimeoutError, ValueError) as error:
@@ -232,6 +247,30 @@ def _connected(scheduler: str) -> Iterator[Any]:
     with client:
         _check_workers(client, scheduler)
         yield client
+
+
+@contextlib.contextmanager
+def _still_there(client: Any, scheduler: str) -> Iterator[None]:
+    try:
+        yield
+    except (CancelledError, OSError) as error:
+        if isinstance(error, OSError) and client.status == "running":
+            raise  # of the work itself
+        raise FmaNbError(
+            f"--scheduler {scheduler} went away: start it and its workers again, then run the same command, "
+            "which goes on from here."
+        ) from error
+
+
+def _on_one_thread(work: Work, *job: Any) -> str | None:
+    from distributed import get_worker
+
+    if get_worker().state.nthreads > 1:
+        raise FmaNbError(
+            "--scheduler: a worker has more than one thread, and trainings in one process would disturb each "
+            "other: start every 'dask worker' with --nthreads 1, then run the same command again."
+        )
+    return work(*job)
 
 
 def _check_workers(client: Any, scheduler: str) -> None:
@@ -242,22 +281,26 @@ def _check_workers(client: Any, scheduler: str) -> None:
         )
 
 
-def _finished(client: Any, futures: list[Any], scheduler: str) -> list[tuple[Any, str | None]]:
+def _finished(
+    client: Any, futures: list[Any], scheduler: str, timeout_s: float | None
+) -> list[tuple[Any, str | None]]:
     """Wait for a job that is done. When there is none for too long, restart the workers that are at work."""
     from distributed import wait
 
     with contextlib.suppress(TimeoutError):
-        wait(futures, timeout=CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED")
+        wait(futures, timeout=timeout_s or CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED")
     if done := [(future, _cluster_outcome(future)) for future in futures if future.done()]:
         return done
     _check_workers(client, scheduler)
+    if timeout_s is None:
+        return []
     in_hand: dict[str, list[str]] = client.run(
         lambda dask_worker: [task.key for task in dask_worker.state.executing], on_error="ignore"
     )
     hanging = [future for future in futures if any(future.key in keys for keys in in_hand.values())]
     client.cancel(hanging, force=True)
     client.restart_workers([address for address, keys in in_hand.items() if keys], raise_for_error=False)
-    return [(future, f"no result within {CLIP_TIMEOUT_S:g} s") for future in hanging]
+    return [(future, f"no result within {timeout_s:g} s") for future in hanging]
 
 
 def _cluster_outcome(future: Any) -> str | None:
@@ -270,7 +313,9 @@ def _cluster_outcome(future: Any) -> str | None:
         return CRASHED
     except MemoryError:
         return NO_MEMORY
-    except (ImportError, RuntimeError) as error:  # the latter from a scheduler that lacks the package
+    except (ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "deserialization" not in str(error):
+            raise  # of the work itself, not of a scheduler that lacks the package
         raise FmaNbError(
             "the cluster cannot load this package: install the same version of fma-nb on its scheduler "
             "and its workers, then run the same command again."

@@ -77,7 +77,7 @@ class AudioFile:
         position = mpeg.find_frame(self._file, self._file.tell() - 4)
         if position is None:
             return False
-        self._sound = _open_stream(self._file, position, ENDLESS)
+        self._sound = _decoder(mpeg.Stream(self._file, position, ENDLESS))
         if (self._sound.samplerate, self._sound.channels) != (self.sample_rate, self.n_channels):
             seconds = self._n_read / self.sample_rate
             raise UnreadableClipError(f"its sample rate or channels change after {seconds:.1f} s: {CONVERT}")
@@ -114,12 +114,12 @@ def _open_sound(file: io.FileIO) -> tuple[bool, sf.SoundFile, int | None]:
 def _open_mpeg(file: io.FileIO, start: int) -> tuple[sf.SoundFile, int | None]:
     end, size = mpeg.promised_end(file, start), os.fstat(file.fileno()).st_size
     if end is None:
-        return _open_stream(file, start, ENDLESS), None
+        return _decoder(mpeg.Stream(file, start, ENDLESS)), None
     if mpeg.find_frame(file, end) is not None:  # MP3s joined: the promise is that of the first alone
-        return _open_stream(file, start + mpeg.frame_size(file, start), ENDLESS), None
+        return _decoder(mpeg.Stream(file, start + mpeg.frame_size(file, start), ENDLESS)), None
     # Where all is in order libsndfile reads by itself, which is 5 % faster.
     in_order = start == mpeg.after_id3(file) and 0 <= size - end <= ID3V1_BYTES
-    sound = _open_whole(file) if in_order else _open_stream(file, start, end - start)
+    sound = _open_whole(file) if in_order else _decoder(mpeg.Stream(file, start, end - start))
     return sound, sound.frames
 
 
@@ -134,20 +134,17 @@ def _promised(n_samples: int, head: bytes, file: io.FileIO) -> int | None:
     return n_samples
 
 
-def _open_whole(file: io.FileIO) -> sf.SoundFile:
-    file.seek(0)
-    # By number, not by name: libsndfile takes a file ._NAME beside NAME for a part of it.
-    return _sequential(sf.SoundFile(file.fileno(), closefd=False))
-
-
-def _open_stream(file: io.FileIO, start: int, size: int) -> sf.SoundFile:
-    return _sequential(sf.SoundFile(mpeg.Stream(file, start, size)))
-
-
-def _sequential(sound: sf.SoundFile) -> sf.SoundFile:
+def _decoder(source: int | mpeg.Stream) -> sf.SoundFile:
+    sound = sf.SoundFile(source, closefd=False)
     # soundfile seeks after every read of a seekable file, which fails where the length is unknown.
     sound.seekable = lambda: False
     return sound
+
+
+def _open_whole(file: io.FileIO) -> sf.SoundFile:
+    file.seek(0)
+    # By number, not by name: libsndfile takes a file ._NAME beside NAME for a part of it.
+    return _decoder(file.fileno())
 
 
 @contextlib.contextmanager

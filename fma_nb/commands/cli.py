@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from fma_nb import __version__
 from fma_nb.project import (
     DATASETS,
     SHIPPED_WEIGHTS,
+    SPLITS,
     FmaNbError,
     data_dir,
     outputs_dir,
@@ -81,10 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fma-nb {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        *(_add_run, _add_mini, _add_download, _add_spectrograms, _add_evaluate),
-        *(_add_ablate, _add_export, _add_predict, _add_report),
-    ):
+    for add in (_add_data_commands, _add_run_commands, _add_ablate, _add_weights_commands):
         add(commands)
     for command in (parser, *commands.choices.values()):
         for name in ("data", "outputs"):
@@ -116,51 +115,57 @@ def _add_parameters(command: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def _add_run(commands: Commands) -> None:
+def _add_data_commands(commands: Commands) -> None:
+    from fma_nb.raw.download import ARCHIVES, FMA_URL
+
+    command = commands.add_parser("download", help="download and verify FMA's archives")
+    command.add_argument("names", nargs="+", choices=ARCHIVES, metavar="NAME", help=", ".join(ARCHIVES))
+    command.add_argument("--url", default=FMA_URL, help="folder to download from (default: %(default)s)")
+    command.add_argument("--archive", type=user_path, help="use this zip file instead of downloading")
+    command.set_defaults(command=_download)
+    command = commands.add_parser("mini", help="make fma_mini, the synthetic dataset")
+    command.add_argument("--workers", type=int, help="processes (default: all cores)")
+    command.set_defaults(command=_mini)
+    command = commands.add_parser("spectrograms", help="make the spectrogram PNGs of a dataset")
+    _add_data_options(command)
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, help="processes (default: all cores)")
+    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="use this Dask scheduler's workers")
+    command.add_argument("--partial", action="store_true", help="go on though a split lacks a genre")
+    command.set_defaults(command=_spectrograms)
+
+
+def _add_run_commands(commands: Commands) -> None:
     command = commands.add_parser("run", help="execute the notebooks and write the report")
     _add_run_options(command)
     command.add_argument("--only", default="", help="numbers of the notebooks to run, e.g. 03,04")
     command.add_argument("--kernel", default="", help="Jupyter kernel (default: fma-nb, else python3)")
     _add_parameters(command, "a parameter of the notebooks")
     command.set_defaults(command=_run)
+    command = commands.add_parser("report", help="write a run's report again")
+    command.add_argument("--run", default="fma_mini", help="name of the run folder")
+    command.set_defaults(command=_report)
+    command = commands.add_parser("evaluate", help="evaluate a trained model on a split")
+    _add_run_options(command)
+    names = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled"
+    command.add_argument("--model", default="crnn", help=f"{names} (default: crnn)")
+    command.add_argument("--split", default="val", choices=SPLITS)
+    command.add_argument("--rows", default="", help="rows of an ablation and the package's weights, as CSV")
+    command.set_defaults(command=_evaluate)
 
 
-def _run(options: argparse.Namespace) -> None:
-    from fma_nb.commands.notebooks import RunRequest, run_notebooks
-
-    request = RunRequest(
-        dataset=options.dataset,
-        preset=options.preset,
-        run=options.run,
-        device=options.device,
-        only=tuple(filter(None, options.only.split(","))),
-        kernel=options.kernel,
-        parameters=tuple((name, value) for name, value in options.parameters),
-    )
-    print(f"Done. Open {_shown(run_notebooks(request))} in a browser.")
-
-
-def _add_mini(commands: Commands) -> None:
-    command = commands.add_parser("mini", help="make fma_mini, the synthetic dataset")
-    command.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
-    command.set_defaults(command=_mini)
-
-
-def _mini(options: argparse.Namespace) -> None:
-    from fma_nb.raw.mini import make_fma_mini
-
-    print(f"fma_mini (synthetic) is in {_shown(make_fma_mini(workers=options.workers))}")
-
-
-def _add_download(commands: Commands) -> None:
-    from fma_nb.raw.download import ARCHIVES, FMA_URL
-
-    names = list(ARCHIVES)
-    command = commands.add_parser("download", help="download and verify FMA's archives")
-    command.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
-    command.add_argument("--url", default=FMA_URL, help="folder to download from (default: %(default)s)")
-    command.add_argument("--archive", type=user_path, help="use this zip file instead of downloading")
-    command.set_defaults(command=_download)
+def _add_weights_commands(commands: Commands) -> None:
+    command = commands.add_parser("export", help="write a trained model's weights for 'predict'")
+    command.add_argument("--run", default="fma_small", help="name of the run folder")
+    command.add_argument("--model", default="crnn", help="the model of that run (default: crnn)")
+    command.add_argument("--out", type=user_path, help="file to write (default: outputs/<run>/<model>.pt)")
+    command.set_defaults(command=_export)
+    command = commands.add_parser("predict", help="tell the genre of any audio file")
+    files = "MP3, OGG, FLAC, WAV, AIFF; or a folder of them"
+    command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help=files)
+    command.add_argument("--weights", type=user_path, help="weights of 'export' (default: the package's)")
+    command.add_argument("--json", action="store_true", help="print a JSON object a line")
+    command.set_defaults(command=_predict)
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -173,28 +178,17 @@ def _download(options: argparse.Namespace) -> None:
         print(f"fma_{name} is in {_shown(folder)}")
 
 
-def _add_spectrograms(commands: Commands) -> None:
-    command = commands.add_parser("spectrograms", help="make the spectrogram PNGs of a dataset")
-    _add_data_options(command)
-    where = command.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
-    where.add_argument(
-        "--scheduler", metavar="tcp://HOST:PORT", help="use the workers of this Dask scheduler"
-    )
-    command.add_argument("--partial", action="store_true", help="go on though a split lacks a genre")
-    command.set_defaults(command=_spectrograms)
+def _mini(options: argparse.Namespace) -> None:
+    from fma_nb.raw.mini import make_fma_mini
+
+    print(f"fma_mini (synthetic) is in {_shown(make_fma_mini(workers=options.workers))}")
 
 
 def _spectrograms(options: argparse.Namespace) -> None:
     from fma_nb.bulk.spectrograms import make_spectrograms
 
-    skipped = make_spectrograms(
-        options.dataset,
-        options.preset,
-        workers=options.workers,
-        scheduler=options.scheduler,
-        partial=options.partial,
-    )
+    places = {"workers": options.workers, "scheduler": options.scheduler}
+    skipped = make_spectrograms(options.dataset, options.preset, partial=options.partial, **places)
     print(f"The spectrograms are in {_shown(spectrogram_dir(options.dataset, options.preset))}")
     print(f"{len(skipped)} clips were skipped" + (":" if len(skipped) else "."))
     for row in skipped.head(20).itertuples():
@@ -203,28 +197,41 @@ def _spectrograms(options: argparse.Namespace) -> None:
         print("A file that has changed is tried again by itself; delete skipped.csv to try all of them.")
 
 
-def _add_evaluate(commands: Commands) -> None:
-    command = commands.add_parser("evaluate", help="evaluate a trained model on a split")
-    _add_run_options(command)
-    names = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled"
-    command.add_argument("--model", default="crnn", help=f"{names} (default: crnn)")
-    command.add_argument("--split", default="val", choices=("train", "val", "test"))
-    command.set_defaults(command=_evaluate)
+def _run(options: argparse.Namespace) -> None:
+    from fma_nb.commands.notebooks import RunRequest, run_notebooks
+
+    options.only = tuple(filter(None, options.only.split(",")))
+    request = RunRequest(**{field.name: getattr(options, field.name) for field in fields(RunRequest)})
+    print(f"Done. Open {_shown(run_notebooks(request))} in a browser.")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fma_nb.commands.report import write_report
+
+    print(f"Open {_shown(write_report(options.run))} in a browser.")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from fma_nb.commands.evaluate import evaluate_run
+    from fma_nb.commands.evaluate import evaluate_rows, evaluate_run
 
-    run = options.run or options.dataset
-    print(evaluate_run(run, options.model, options.dataset, options.preset, options.split, options.device))
+    run, data = options.run or options.dataset, (options.dataset, options.preset, options.split)
+    if rows := list(filter(None, options.rows.split(","))):
+        print("Written:", *map(_shown, evaluate_rows(run, rows, *data, options.device)), sep="\n  ")
+    else:
+        print(evaluate_run(run, options.model, *data, options.device))
 
 
 def _add_ablate(commands: Commands) -> None:
     command = commands.add_parser("ablate", help="train the final recipe without each of its ingredients")
     _add_run_options(command)
     command.add_argument("--rows", default="", help="rows of the table, e.g. final,no_gru (default: all)")
-    command.add_argument("--seeds", type=int, default=3, help="trainings a row (default: 3)")
-    command.add_argument("--folds", type=int, default=0, help="cross-validate the final recipe instead")
+    command.add_argument("--seeds", type=int, help="seeds a row (default: 3; 1 with --folds)")
+    command.add_argument("--folds", type=int, default=0, help="folds by artist over train and val (e.g. 5)")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, help="trainings side by side (default: all cores; 1 on a GPU)")
+    where.add_argument(
+        "--scheduler", default="", metavar="tcp://HOST:PORT", help="train on this Dask cluster"
+    )
     _add_parameters(command, "change the final recipe")
     command.set_defaults(command=_ablate)
 
@@ -233,27 +240,34 @@ def _ablate(options: argparse.Namespace) -> None:
     from fma_nb.bulk.pack import load_pack
     from fma_nb.commands.parameters import changed_recipe
     from fma_nb.recipe import default_recipe
-    from fma_nb.runs.ablation import ALL_ROWS, ablation_table, cross_validate, run_ablation
+    from fma_nb.runs.ablation import ALL_ROWS, ablation_table, run_ablation, write_tables
     from fma_nb.training import resolve_device
 
     run, device = options.run or options.dataset, resolve_device(options.device)
-    base = changed_recipe(default_recipe("crnn"), options.parameters)
-    pack = load_pack(options.dataset, options.preset)
-    if options.folds:
-        accuracies = cross_validate(pack, run, base, options.folds, device)
-        print(f"{len(accuracies)} folds of the training split: ", end="")
-        print(", ".join(f"{a:.4f}" for a in accuracies), f"mean {sum(accuracies) / len(accuracies):.4f}")
-        return
-    rows = list(filter(None, options.rows.split(","))) or ALL_ROWS
-    path = run_ablation(pack, run, rows, base, options.seeds, device)
-    table = ablation_table(run)
-    print(table.round(4).to_string(index=False))
+    run_ablation(
+        load_pack(options.dataset, options.preset),
+        run,
+        list(filter(None, options.rows.split(","))) or ALL_ROWS,
+        changed_recipe(default_recipe("crnn"), options.parameters),
+        device,
+        n_seeds=options.seeds if options.seeds is not None else 1 if options.folds else 3,
+        n_folds=options.folds,
+        jobs=options.jobs
+        if options.jobs is not None
+        else 1
+        if device.type == "cuda"
+        else os.cpu_count() or 1,
+        scheduler=options.scheduler,
+    )
+    table = ablation_table(run, options.folds)
+    shown = [name for name in table if not name.endswith(("_low", "_high"))]
+    print(table[shown].round(4).to_string(index=False))
     if len(table) > 1:
-        _draw_ablation(run, table)
-    print(f"Every training is a line of {_shown(path)}")
+        _draw_ablation(run, table, options.folds)
+    print("Written:", *(_shown(path) for path in write_tables(run, table, options.folds)), sep="\n  ")
 
 
-def _draw_ablation(run: str, table: pd.DataFrame) -> None:
+def _draw_ablation(run: str, table: pd.DataFrame, n_folds: int) -> None:
     import matplotlib.pyplot as plt
 
     from fma_nb.plots import ablation_plot, save_figure, use_style
@@ -261,17 +275,11 @@ def _draw_ablation(run: str, table: pd.DataFrame) -> None:
     use_style()
     figure, ax = plt.subplots(figsize=(8, 1 + 0.36 * len(table)))
     ablation_plot(ax, table).set_title("One thing changed (seeds)")
-    caption = "Ablation on validation: change in accuracy with 95 % intervals when one thing is changed."
-    save_figure(figure, run, "11_ablation", caption)
-    print(f"The table is drawn in {_shown(run_dir(run) / 'figures' / '11_ablation.png')}")
-
-
-def _add_export(commands: Commands) -> None:
-    command = commands.add_parser("export", help="write a trained model's weights for 'predict'")
-    command.add_argument("--run", default="fma_small", help="name of the run folder")
-    command.add_argument("--model", default="crnn", help="the model of that run (default: crnn)")
-    command.add_argument("--out", type=user_path, help="file to write (default: outputs/<run>/<model>.pt)")
-    command.set_defaults(command=_export)
+    clips = f"{n_folds} folds by artist" if n_folds else "validation"
+    caption = f"Ablation on {clips}: change in accuracy with 95 % intervals when one thing is changed."
+    name = "12_folds" if n_folds else "11_ablation"
+    save_figure(figure, run, name, caption)
+    print(f"The table is drawn in {_shown(run_dir(run) / 'figures' / f'{name}.png')}")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -284,16 +292,6 @@ def _export(options: argparse.Namespace) -> None:
     print(f"fma-nb predict --weights {_shown(path)} SONG.mp3")
 
 
-def _add_predict(commands: Commands) -> None:
-    command = commands.add_parser("predict", help="tell the genre of any audio file")
-    command.add_argument(
-        "songs", nargs="+", type=Path, metavar="SONG", help="MP3, OGG, FLAC, WAV, AIFF; or a folder of them"
-    )
-    command.add_argument("--weights", type=user_path, help="weights of 'export' (default: the package's)")
-    command.add_argument("--json", action="store_true", help="print a JSON object a line")
-    command.set_defaults(command=_predict)
-
-
 def _predict(options: argparse.Namespace) -> None:
     from fma_nb.commands.predict import load_classifier, print_predictions
 
@@ -301,18 +299,6 @@ def _predict(options: argparse.Namespace) -> None:
     n_failed = print_predictions(options.songs, classifier, as_json=options.json)
     if n_failed:
         raise FmaNbError(f"{n_failed} file(s) have no answer: see the reasons above.")
-
-
-def _add_report(commands: Commands) -> None:
-    command = commands.add_parser("report", help="write a run's report again")
-    command.add_argument("--run", default="fma_mini", help="name of the run folder")
-    command.set_defaults(command=_report)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from fma_nb.commands.report import write_report
-
-    print(f"Open {_shown(write_report(options.run))} in a browser.")
 
 
 def _shown(path: Path) -> str:

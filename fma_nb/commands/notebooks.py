@@ -19,22 +19,13 @@ import papermill
 from jupyter_client.kernelspec import KernelSpecManager
 from papermill.exceptions import PapermillExecutionError
 
+from fma_nb import project
 from fma_nb.bulk.folders import check_writable
 from fma_nb.bulk.pack import load_pack, scan_pngs
 from fma_nb.commands.parameters import typed
 from fma_nb.commands.report import write_report
 from fma_nb.metadata import load_index
-from fma_nb.project import (
-    SHIPPED_WEIGHTS,
-    SYNTHETIC_DATASETS,
-    FmaNbError,
-    check_dataset,
-    metadata_dir,
-    project_root,
-    run_dir,
-    spectrogram_dir,
-    user_path,
-)
+from fma_nb.project import FmaNbError
 from fma_nb.raw.mini import make_fma_mini
 from fma_nb.recipe import Recipe
 from fma_nb.runs.experiment import chosen_split, evaluation_splits, versions
@@ -67,12 +58,7 @@ class RunRequest:
 
 
 def run_notebooks(request: RunRequest) -> Path:
-    """Run the notebooks that are not up to date; write their HTML and the report.
-
-    Returns
-    -------
-    report
-        Path of the report's ``index.html``.
+    """Run the notebooks that are not up to date; write their HTML and return the report's ``index.html``.
 
     Raises
     ------
@@ -80,42 +66,35 @@ def run_notebooks(request: RunRequest) -> Path:
         Before any work for a wrong parameter or missing data; or with the cell, the error and the
         half-run notebook when a cell fails.
     """
-    if not notebook_path(NOTEBOOKS[0]).exists():
+    if not _source(NOTEBOOKS[0]).exists():
         raise FmaNbError(
             "The notebooks are not part of an installed package: clone the project and run the command there."
         )
     names = _chosen(request.only)
-    run = request.run or request.dataset
     parameters = _checked_parameters(request, names)
+    run = parameters["run"]
     kernel = _checked_kernel(request.kernel)
-    check_writable(run_dir(run))
-    if request.dataset in SYNTHETIC_DATASETS:
+    check_writable(project.run_dir(run))
+    if request.dataset in project.SYNTHETIC_DATASETS:
         make_fma_mini()
     _check_data(request, names, parameters)
     for i, name in enumerate(names, 1):
-        label = f"[{i}/{len(names)}] {name}"
         own = {k: v for k, v in parameters.items() if k in notebook_parameters(name)}
-        if _is_up_to_date(name, own, run):
-            print(f"{label}: up to date", flush=True)
-        else:
-            print(f"{label}: running", flush=True)
-            _execute(name, own, run, kernel)
+        executed = project.run_dir(run) / "notebooks" / f"{name}.ipynb"
+        is_up_to_date = executed.exists() and _recorded_key(executed) == _key(name, own, run)
+        print(f"[{i}/{len(names)}] {name}: {'up to date' if is_up_to_date else 'running'}", flush=True)
+        if not is_up_to_date:
+            _execute(name, own, run, kernel, executed)
     return write_report(run)
 
 
-def executed_path(run: str, name: str) -> Path:
-    """Return where a notebook's executed copy lies in a run folder."""
-    return run_dir(run) / "notebooks" / f"{name}.ipynb"
-
-
-def notebook_path(name: str) -> Path:
-    """Return a notebook's source."""
-    return project_root() / "notebooks" / f"{name}.ipynb"
+def _source(name: str) -> Path:
+    return project.project_root() / "notebooks" / f"{name}.ipynb"
 
 
 def notebook_parameters(name: str) -> dict[str, Any]:
     """Return the parameters a notebook declares, with their default values, which also give the type."""
-    found = papermill.inspect_notebook(str(notebook_path(name)))
+    found = papermill.inspect_notebook(str(_source(name)))
     return {key: ast.literal_eval(entry["default"]) for key, entry in found.items()}
 
 
@@ -129,25 +108,21 @@ def _chosen(only: Sequence[str]) -> list[str]:
 
 def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, Any]:
     """Turn the texts into values of the declared types, and refuse what cannot work."""
-    check_dataset(request.dataset)
+    project.check_dataset(request.dataset)
     get_preset(request.preset)
     declared: dict[str, Any] = {}
     for name in names:
         declared |= notebook_parameters(name)
-    given = {
-        "dataset": request.dataset,
-        "preset": request.preset,
-        "run": request.run or request.dataset,
-        "device": request.device,
-    }
-    run_dir(given["run"])
+    given = {key: getattr(request, key) for key in ("dataset", "preset", "device")}
+    given["run"] = request.run or request.dataset
+    project.run_dir(given["run"])
     for name, text in request.parameters:
         if name not in declared:
             known = ", ".join(sorted(declared))
             raise FmaNbError(f"-p {name}: none of the chosen notebooks has it; they have {known}.")
         given[name] = typed(name, text, type(declared[name]))
     if given.get("song"):
-        given["song"] = str(user_path(given["song"]))
+        given["song"] = str(project.user_path(given["song"]))
         if not Path(given["song"]).is_file():
             raise FmaNbError(f"-p song {given['song']}: there is no such file.")
     _check_values(given)
@@ -178,21 +153,17 @@ def _checked_kernel(name: str) -> str:
     return name or (KERNEL if KERNEL in installed else "python3")
 
 
-def _is_up_to_date(name: str, parameters: dict[str, Any], run: str) -> bool:
-    path = executed_path(run, name)
-    if not path.exists():
-        return False
-    recorded = nbformat.read(path, as_version=4).metadata.get("fma_nb", {}).get("key")
-    return bool(recorded == _key(name, parameters, run))
+def _recorded_key(path: Path) -> str:
+    return nbformat.read(path, as_version=4).metadata.get("fma_nb", {}).get("key", "")
 
 
 def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     """Hash what a notebook's outputs depend on."""
     device = device_name(resolve_device(parameters.get("device", "cpu")))
     digest = hashlib.sha256(json.dumps([parameters, device, versions()], sort_keys=True).encode())
-    cells = nbformat.read(notebook_path(name), as_version=4).cells
+    cells = nbformat.read(_source(name), as_version=4).cells
     digest.update(json.dumps([cell.source for cell in cells]).encode())
-    for module in sorted((project_root() / "fma_nb").rglob("*.py")):
+    for module in sorted((project.project_root() / "fma_nb").rglob("*.py")):
         digest.update(module.read_bytes())
     digest.update(_data_state(parameters["dataset"], parameters.get("preset")).encode())
     for path in _files_read(name, parameters, run):
@@ -202,10 +173,10 @@ def _key(name: str, parameters: dict[str, Any], run: str) -> str:
 
 def _files_read(name: str, parameters: dict[str, Any], run: str) -> list[Path]:
     """List what a notebook reads beside its dataset: metrics, and for the comparison whatever it shows."""
-    paths = [run_dir(run) / "metrics" / f"{model}.json" for model in _METRICS.get(name, ())]
+    paths = [project.run_dir(run) / "metrics" / f"{model}.json" for model in _METRICS.get(name, ())]
     if name == "05_comparison":
-        paths += sorted(run_dir(run).glob("ablation/*/metrics/*.json"))
-        paths.append(SHIPPED_WEIGHTS)
+        paths += sorted(project.run_dir(run).glob("ablation/*/metrics/*.json"))
+        paths.append(project.SHIPPED_WEIGHTS)
     if parameters.get("song"):
         paths.append(Path(parameters["song"]))
     return paths
@@ -213,23 +184,22 @@ def _files_read(name: str, parameters: dict[str, Any], run: str) -> list[Path]:
 
 def _data_state(dataset: str, preset: str | None) -> str:
     """Tell one state of a dataset from another: its metadata, and its spectrograms where they matter."""
-    tracks_csv = metadata_dir(dataset) / "tracks.csv"
+    tracks_csv = project.metadata_dir(dataset) / "tracks.csv"
     state = str(tracks_csv.stat().st_size if tracks_csv.exists() else 0)
-    return state + scan_pngs(spectrogram_dir(dataset, preset)).to_csv() if preset else state
+    return state + scan_pngs(project.spectrogram_dir(dataset, preset)).to_csv() if preset else state
 
 
-def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str) -> None:
+def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str, path: Path) -> None:
     """Execute a notebook under a provisional name; rename it when its last cell has finished."""
-    path = executed_path(run, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.ipynb")
     try:
         notebook = papermill.execute_notebook(
-            str(notebook_path(name)),
+            str(_source(name)),
             str(partial),
             parameters=parameters,
             kernel_name=kernel,
-            cwd=str(notebook_path(name).parent),
+            cwd=str(_source(name).parent),
             progress_bar={"desc": name, "disable": None, "leave": False},
             extra_arguments=["--IPKernelApp.log_level=50"],
         )

@@ -11,13 +11,7 @@ from fma_nb.recipe import Recipe
 
 
 def changed_recipe(recipe: Recipe, changes: Iterable[tuple[str, str]]) -> Recipe:
-    """Return a recipe with fields changed by name, their values given as text.
-
-    Raises
-    ------
-    FmaNbError
-        When there is no such field, or its value is of another type or out of range.
-    """
+    """Return a recipe with fields changed by name, their values given as text."""
     types = {field.name: type(field.default) for field in fields(Recipe)} | {"warmup": float}
     given: dict[str, Any] = {}
     for name, text in changes:

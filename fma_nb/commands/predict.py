@@ -35,34 +35,16 @@ AUDIO_ENDINGS = {".mp3", ".ogg", ".oga", ".opus", ".flac", ".wav", ".aif", ".aif
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained network with all that it needs to classify a file.
+    """A trained network with all that it needs to classify a file."""
 
-    Attributes
-    ----------
-    network
-        Takes spectrograms, gives logits; in evaluation mode.
-    genres
-        What the logits stand for, in order.
-    preset
-        How spectrograms are made.
-    temperature
-        Logits are divided by it, so that a probability of 0.6 is right in 6 of 10 cases.
-    """
-
-    network: nn.Module
-    genres: tuple[str, ...]
-    preset: str
-    temperature: float
+    network: nn.Module  # takes spectrograms, gives logits; in evaluation mode
+    genres: tuple[str, ...]  # what the logits stand for, in order
+    preset: str  # how spectrograms are made
+    temperature: float  # logits are divided by it, so that a probability of 0.6 is right in 6 of 10 cases
 
 
 def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
-    """Load weights made by `export_weights`; nothing in the file is executed.
-
-    Raises
-    ------
-    FmaNbError
-        When the file is missing, is no checkpoint of this project, or does not fit its architecture.
-    """
+    """Load weights made by `export_weights`; nothing in the file is executed."""
     saved = load_checkpoint(path)
     temperature = saved.get("temperature", 1.0)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
@@ -72,42 +54,27 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
 
 
 def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str, float]:
-    """Return the probability of each genre for an audio file of any length.
+    """Return the probability of each genre for an audio file of any length, by default with our weights.
 
-    Parameters
-    ----------
-    path
-        Anything that libsndfile decodes: MP3, OGG, FLAC, WAV.
-    classifier
-        The weights to use; those of the package by default.
-
-    Raises
-    ------
-    FmaNbError
-        When the file cannot be decoded, is shorter than 1 s, or is silent.
+    The file is anything that libsndfile decodes (MP3, OGG, FLAC, WAV) of 1 s at least that is not silent.
     """
     classifier = classifier or load_classifier()
     try:
-        windows = [
-            _window_probabilities(batch, classifier) for batch in _image_batches(Path(path), classifier)
-        ]
+        windows = list(_window_probabilities(Path(path), classifier))
     except UnreadableClipError as error:
         raise FmaNbError(f"{path}: {error}.") from error
     return dict(zip(classifier.genres, torch.cat(windows).mean(0).tolist(), strict=True))
 
 
-def _image_batches(path: Path, classifier: Classifier) -> Iterator[Tensor]:
-    """Yield the windows of a file a few at a time, so that memory does not grow with its length."""
+def _window_probabilities(path: Path, classifier: Classifier) -> Iterator[Tensor]:
+    """Yield those of a file's windows, a few at a time, so that memory does not grow with its length."""
     preset = get_preset(classifier.preset)
     windows = load_windows(path, preset.sample_rate or USUAL_RATE)
     images = (to_grey(log_mel(samples, rate, preset)) for samples, rate in windows)
     while batch := list(itertools.islice(images, WINDOWS_AT_ONCE)):
-        yield torch.from_numpy(np.stack(batch))
-
-
-def _window_probabilities(images: Tensor, classifier: Classifier) -> Tensor:
-    with torch.inference_mode():
-        return (classifier.network(to_input(images)) / classifier.temperature).softmax(1)
+        with torch.inference_mode():
+            logits = classifier.network(to_input(torch.from_numpy(np.stack(batch))))
+        yield (logits / classifier.temperature).softmax(1)
 
 
 def audio_files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -124,13 +91,7 @@ def audio_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json: bool) -> int:
-    """Print the answer for every file, or the reason why there is none, as soon as it is known.
-
-    Returns
-    -------
-    n_failed
-        How many files have no answer.
-    """
+    """Print the answer for every file as soon as it is known; return how many have none, only a reason."""
     n_failed = 0
     for path in audio_files(paths):
         try:
@@ -145,12 +106,9 @@ def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json:
 
 
 def export_weights(run: str, model: str, path: Path) -> float:
-    """Write the first seed's best weights of a run, with a temperature fitted on validation.
+    """Write the first seed's best weights of a run; return their temperature, fitted on validation.
 
-    Returns
-    -------
-    temperature
-        Above 1: the network was too sure of itself.
+    Above 1 the network was too sure of itself.
     """
     metrics = read_metrics(run, [model])[model]
     seed = metrics["config"]["seed"]

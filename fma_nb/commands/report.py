@@ -13,20 +13,13 @@ from typing import Any
 
 import jinja2
 import nbformat
-import numpy as np
 from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
-from fma_nb.evaluation import (
-    EVALUATION_SPLITS,
-    Estimate,
-    Metrics,
-    correct_matrix,
-    paired_difference,
-    result_summary,
-)
-from fma_nb.metadata import artist_groups, artists_known
+from fma_nb import evaluation
+from fma_nb.evaluation import Estimate, Metrics
+from fma_nb.metadata import artists_known
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 from fma_nb.runs.experiment import read_metrics
@@ -38,13 +31,7 @@ _PIXEL_RATIO = 1.8  # dots of a stored figure for one of the page: as large as i
 
 
 def write_report(run: str) -> Path:
-    """Write a run's ``report/index.html`` and the HTML of its executed notebooks.
-
-    Raises
-    ------
-    FmaNbError
-        When the run has no executed notebook.
-    """
+    """Write a run's ``report/index.html`` and the HTML of its executed notebooks."""
     folder = run_dir(run)
     notebooks = sorted(p for p in (folder / "notebooks").glob("*.ipynb") if ".partial" not in p.name)
     if not notebooks:
@@ -66,10 +53,13 @@ def write_report(run: str) -> Path:
         facts=_facts(metrics),
         settings=_settings(found),
     )
-    index = report_dir / "index.html"
-    with atomic_path(index) as temporary:
+    return _write(report_dir / "index.html", html)
+
+
+def _write(path: Path, html: str) -> Path:
+    with atomic_path(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    return index
+    return path
 
 
 def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
@@ -90,9 +80,7 @@ def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
     resources = {"metadata": {"name": title}, "code_style": _code_style()}
     html, _ = exporter.from_notebook_node(notebook, resources)
     html = re.sub("<table.*?</table>", r'<div class="scroll">\g<0></div>', html, flags=re.DOTALL)
-    page = report_dir / f"{path.stem}.html"
-    with atomic_path(page) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    page = _write(report_dir / f"{path.stem}.html", html)
     return {"href": page.name, "title": title}
 
 
@@ -119,7 +107,7 @@ def _code_style() -> str:
 
 def _results(found: dict[str, Metrics]) -> dict[str, list[str]]:
     """Return the result table: the names of the models, then a row a quantity. So it fits a phone."""
-    table = result_summary({_shown_name(model): metrics for model, metrics in found.items()})
+    table = evaluation.result_summary({_shown_name(model): metrics for model, metrics in found.items()})
     return {name: list(table[name]) for name in table}
 
 
@@ -129,18 +117,18 @@ def _verdict(found: dict[str, Metrics]) -> dict[str, Any]:
     others = [name for name in _COMPARED if name in found and found[name]["labels"] == ours["labels"]]
     if not others:
         return {}
-    split = next(split for split in reversed(EVALUATION_SPLITS) if split in ours["labels"])
-    correct = correct_matrix(ours, split)
-    artists = artist_groups(ours["dataset"], list(correct.columns))
+    split = next(split for split in reversed(evaluation.EVALUATION_SPLITS) if split in ours["labels"])
+    correct = evaluation.correct_matrix(ours, split)
+    artists = evaluation.clip_table(ours, split)["artist"].tolist()
     estimates = {
-        name: paired_difference(correct, correct_matrix(found[name], split), artists) for name in others
+        name: evaluation.paired_difference(correct, evaluation.correct_matrix(found[name], split), artists)
+        for name in others
     }
-    sizes = np.unique(artists, return_counts=True)[1]
     return {
         "split": split,
         "clips": len(artists),
-        "artists": len(sizes) if artists_known(ours["dataset"]) else 0,
-        "effective": round(len(artists) ** 2 / (sizes**2).sum()),
+        "artists": len(set(artists)) if artists_known(ours["dataset"]) else 0,
+        "effective": round(evaluation.effective_artists(artists)),
         "comparisons": [
             (_in_words(estimate), _shown_name(model), str(estimate).replace("-", "−"))
             for model, estimate in estimates.items()
@@ -162,14 +150,10 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as image:
             caption = str(image.info.get("Description", path.stem))
-            width, height = image.size
+            width, height = (str(round(side / _PIXEL_RATIO)) for side in image.size)
         data = base64.b64encode(path.read_bytes()).decode()
-        yield {
-            "src": f"data:image/png;base64,{data}",
-            "caption": caption,
-            "width": str(round(width / _PIXEL_RATIO)),
-            "height": str(round(height / _PIXEL_RATIO)),
-        }
+        source = f"data:image/png;base64,{data}"
+        yield {"src": source, "caption": caption, "width": width, "height": height}
 
 
 def _facts(metrics: list[Metrics]) -> list[tuple[str, str]]:

@@ -26,8 +26,9 @@ import requests
 from filelock import FileLock, Timeout
 from urllib3.exceptions import HTTPError
 
+from fma_nb.bulk.folders import clear_temporaries
 from fma_nb.progress import Progress, format_bytes
-from fma_nb.project import FmaNbError, atomic_path, data_dir
+from fma_nb.project import FmaNbError, atomic_path, data_dir, make_folder
 
 FMA_URL = "https://os.unil.cloud.switch.ch/fma/"
 PIECE_BYTES = 1 << 20
@@ -70,15 +71,9 @@ def download(
 ) -> Path:
     """Bring one of `ARCHIVES` to ``data/raw/`` and return its unpacked folder.
 
-    Call it again after any failure: it goes on where it stopped. Once all is done it does nothing;
-    delete ``data/raw/<name>.json`` to have every file checked again.
-
-    Parameters
-    ----------
-    base_url
-        The address of the folder that has ``<name>.zip``.
-    archive_path
-        A copy of the archive on disk, to use instead of a download. It is checked and left alone.
+    ``<name>.zip`` comes from the folder at ``base_url``, or is the copy at ``archive_path``, which is checked
+    and left alone. Call it again after any failure: it goes on where it stopped. Once all is done it does
+    nothing; delete ``data/raw/<name>.json`` to have every file checked again.
 
     Raises
     ------
@@ -121,12 +116,10 @@ def _is_finished(archive: Archive, folder: Path, record: Path) -> bool:
 
 def _check_space_for_download(archive: Archive, zip_path: Path) -> None:
     """Check the space for zip and folder before the download; `extract` checks again exactly."""
-    part = zip_path.with_name(f"{zip_path.name}.part")
     if not zip_path.exists():
-        n_received = part.stat().st_size if part.exists() else 0
-        _check_free_space(
-            zip_path.parent, archive.n_bytes - n_received + archive.unpacked_bytes, archive.name
-        )
+        n_received = sum(part.stat().st_size for part in zip_path.parent.glob(f"{zip_path.name}.part"))
+        n_missing = archive.n_bytes - n_received + archive.unpacked_bytes
+        _check_free_space(zip_path.parent, n_missing, archive.name)
 
 
 def _check_free_space(folder: Path, n_bytes: int, what: str) -> None:
@@ -142,12 +135,8 @@ def _check_free_space(folder: Path, n_bytes: int, what: str) -> None:
 def fetch(url: str, path: Path, sha1: str, policy: RetryPolicy) -> None:
     """Download ``url`` to ``path``, going on from ``<path>.part`` where the server has HTTP ranges.
 
-    ``path`` appears once its SHA-1 is right.
-
-    Raises
-    ------
-    FmaNbError, OSError
-        When the server refuses, sends something else, or fails too often; when writing fails.
+    ``path`` appears once its SHA-1 is right. A failure of the server is an `FmaNbError`, one of the disk an
+    `OSError`.
     """
     part = path.with_name(f"{path.name}.part")
     if path.exists():
@@ -272,13 +261,7 @@ def extract(zip_path: Path, folder: Path) -> int:
 
     A member appears under its name when it is complete, so what is there already stays as it is.
     Members are unpacked in threads: bzip2 is slow (20 MB/s a core) and leaves Python's lock free.
-
-    Raises
-    ------
-    FmaNbError, OSError
-        When a member is unsafe or damaged; when writing fails.
     """
-    staging = folder / ".partial"
     try:
         with ZipFile(zip_path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
@@ -286,15 +269,13 @@ def extract(zip_path: Path, folder: Path) -> int:
                 _check_member(member, folder.name, zip_path)
             missing = [member for member in members if not _is_extracted(member, folder)]
             n_bytes = sum(member.file_size for member in missing)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             _check_free_space(folder, n_bytes, str(zip_path))
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            extract_one = functools.partial(_extract_member, archive, threading.Lock(), staging)
+            clear_temporaries(folder)
+            extract_one = functools.partial(_extract_member, archive, threading.Lock(), folder)
             with Progress(n_bytes, f"unpacking {folder.name}", "B") as bar, ThreadPoolExecutor() as pool:
                 for n_extracted in pool.map(extract_one, missing):
                     bar.update(n_extracted)
-            staging.rmdir()
     except BadZipFile as error:
         raise FmaNbError(
             f"{zip_path} is damaged ({error}): delete it and call again, or give a good copy."
@@ -322,28 +303,24 @@ def _is_extracted(member: ZipInfo, folder: Path) -> bool:
     return path.is_file() and path.stat().st_size == member.file_size
 
 
-def _extract_member(archive: ZipFile, lock: threading.Lock, staging: Path, member: ZipInfo) -> int:
-    """Unpack one member in ``staging``, move it to its place and return its number of bytes."""
-    staged = staging / str(member.header_offset)
-    try:
-        with lock:  # ZipFile counts its open members without a lock.
-            source = archive.open(member)
+def _extract_member(archive: ZipFile, lock: threading.Lock, folder: Path, member: ZipInfo) -> int:
+    """Unpack one member and return its number of bytes."""
+    with atomic_path(folder.parent / member.filename) as temporary:
         try:
-            with staged.open("wb") as target:
-                shutil.copyfileobj(source, target, PIECE_BYTES)
-                n_bytes = target.tell()
-        finally:
-            with lock:
-                source.close()
-    except (EOFError, OSError, RuntimeError, zlib.error, BadZipFile) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # A full disk, say; bz2's "Invalid data stream" has no number.
-        raise BadZipFile(f"member {member.filename}: {error}") from error
-    if n_bytes != member.file_size:
-        raise BadZipFile(f"member {member.filename}: {n_bytes} bytes")
-    path = staging.parent.parent / member.filename
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged.replace(path)
+            with lock:  # ZipFile counts its open members without a lock.
+                source = archive.open(member)
+            try:
+                with temporary.open("wb") as target:
+                    shutil.copyfileobj(source, target, PIECE_BYTES)
+            finally:
+                with lock:
+                    source.close()
+        except (EOFError, OSError, RuntimeError, zlib.error, BadZipFile) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # A full disk, say; bz2's "Invalid data stream" has no number.
+            raise BadZipFile(f"member {member.filename}: {error}") from error
+        if (n_bytes := temporary.stat().st_size) != member.file_size:
+            raise BadZipFile(f"member {member.filename}: {n_bytes} bytes")
     return n_bytes
 
 

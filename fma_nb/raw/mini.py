@@ -13,8 +13,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import filelock
-
+from fma_nb.bulk.folders import clear_temporaries, locked
 from fma_nb.bulk.workers import run_locally
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, atomic_path, audio_dir, clip_path, data_dir, metadata_dir
@@ -34,19 +33,8 @@ def make_fma_mini(
     it exists the dataset is complete. Files of another configuration, and spectrograms made from them,
     are removed first. A second call for the same folder waits for the first.
 
-    Parameters
-    ----------
-    config
-        What to make; the course's dataset by default.
-    workers
-        Number of processes, all cores by default.
-    progress
-        Whether to show a progress bar.
-
-    Returns
-    -------
-    folder
-        Where the MP3s are; ``tracks.csv`` and ``genres.csv`` are in ``fma_mini_metadata`` beside it.
+    By default it is the course's dataset, made by as many ``workers`` as there are cores. What is returned is
+    the folder of the MP3s; ``tracks.csv`` and ``genres.csv`` are in ``fma_mini_metadata`` beside it.
 
     Raises
     ------
@@ -57,31 +45,23 @@ def make_fma_mini(
         raise FmaNbError(f"workers={workers} is too small: give at least 1.")
     config = config or MiniConfig()
     tracks = plan_tracks(config)
-    metadata = metadata_dir(DATASET)
-    if _is_complete(config, tracks):  # perhaps in a folder that only its owner may write
-        return audio_dir(DATASET)
-    try:
-        metadata.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(metadata / ".lock"):
-            _start_over_if_changed(config)
-            missing = [track for track in tracks if not clip_path(DATASET, track.track_id).exists()]
-            _write_clips(missing, config, workers or os.cpu_count() or 1, progress)
-            if missing or not (metadata / "tracks.csv").exists():
-                tables = {"genres.csv": genre_table(tracks), "tracks.csv": track_table(tracks, config)}
-                for name, table in tables.items():
-                    with atomic_path(metadata / name) as temporary:
-                        table.to_csv(temporary, lineterminator="\n")
-    except OSError as error:
-        raise FmaNbError(
-            f"{error.filename or metadata} cannot be written ({error.strerror}): "
-            "make space or give write access, then run the same command again."
-        ) from error
+    metadata, tracks_csv = metadata_dir(DATASET), metadata_dir(DATASET) / "tracks.csv"
+    if _is_unchanged(config) and tracks_csv.exists() and not _missing(tracks):
+        return audio_dir(DATASET)  # perhaps in a folder that only its owner may write
+    with locked(metadata):
+        _start_over_if_changed(config)
+        missing = _missing(tracks)
+        _write_clips(missing, config, workers or os.cpu_count() or 1, progress)
+        if missing or not tracks_csv.exists():
+            tables = {"genres.csv": genre_table(tracks), "tracks.csv": track_table(tracks, config)}
+            for name, table in tables.items():
+                with atomic_path(metadata / name) as temporary:
+                    table.to_csv(temporary, lineterminator="\n")
     return audio_dir(DATASET)
 
 
-def _is_complete(config: MiniConfig, tracks: list[PlannedTrack]) -> bool:
-    files = [metadata_dir(DATASET) / "tracks.csv", *(clip_path(DATASET, track.track_id) for track in tracks)]
-    return _is_unchanged(config) and all(path.exists() for path in files)
+def _missing(tracks: list[PlannedTrack]) -> list[PlannedTrack]:
+    return [track for track in tracks if not clip_path(DATASET, track.track_id).exists()]
 
 
 def _record_text(config: MiniConfig) -> str:
@@ -103,8 +83,7 @@ def _start_over_if_changed(config: MiniConfig) -> None:
                 shutil.rmtree(folder)
         with atomic_path(metadata_dir(DATASET) / "mini.json") as temporary:
             temporary.write_text(_record_text(config), encoding="utf-8")
-    for leftover in audio_dir(DATASET).glob("*/.*.tmp"):
-        leftover.unlink()
+    clear_temporaries(audio_dir(DATASET))
 
 
 def _write_clips(tracks: list[PlannedTrack], config: MiniConfig, workers: int, progress: bool) -> None:

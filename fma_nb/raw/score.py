@@ -103,7 +103,6 @@ LAID_BACK = "k X......x.X...... s ....X.......X..x h x.xxx.x.x.xxx.x."
 TRESILLO = "k X..x..x.X..x..x. o ..x..x....x..x.. h x.x.x.x.x.x.x.x."
 HALTING = "k X.....x...X..... t ...x..x....x..x. h ..x...x...x...x."
 STUMBLING = "k X..x......X..... s ......X......X.. h x..x.x....x.xx.."
-STOMP = "k x.......x....... h ....x.......x..."
 
 # fmt: off
 GENRES: dict[str, Genre] = {

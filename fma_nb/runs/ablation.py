@@ -1,12 +1,15 @@
 """The ablation: the final recipe with every ingredient taken out in turn, and its cross-validation.
 
-Each row is a recipe that differs from the final recipe in one thing, trained with several seeds
-and evaluated on validation. Finished trainings are never repeated, so the table grows row by row.
+Each row is a recipe that differs from the final recipe in one thing, trained with several seeds and
+evaluated on validation, or once for each fold by artist. Finished trainings are never repeated, so the
+table grows row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import StratifiedGroupKFold
 
-from fma_nb.dataset import Pack, Split
-from fma_nb.evaluation import Metrics, correct_matrix, paired_difference, result_table
-from fma_nb.metadata import artist_groups
-from fma_nb.project import FmaNbError, atomic_path, run_dir
+from fma_nb.bulk.workers import run_locally, run_on_cluster
+from fma_nb.dataset import Pack, open_pack
+from fma_nb.evaluation import Metrics
+from fma_nb.progress import Progress
+from fma_nb.project import FmaNbError, data_dir, outputs_dir, run_dir
 from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.runs.experiment import read_metrics, train_and_evaluate
+from fma_nb.runs.folds import Ids, cut_folds, fold_pack, pooled
+from fma_nb.runs.tables import answer_table, comparison_table, write_table
 
 FINAL = "final"
 ROWS: dict[str, dict[str, Any]] = {
@@ -48,15 +53,22 @@ ROWS: dict[str, dict[str, Any]] = {
     "no_band_norm": {"band_norm": False},
     # One ingredient more.
     "mixup": {"mixup": 0.3},
+    "more_dropout": {"dropout": 0.5},
+    "wider": {"width": 1.5},
     # Architecture and recipe apart.
     "baseline_with_recipe": {"model": "baseline"},
 }
 # The final recipe in half its epochs, and the baseline with its own plain recipe.
 SHORTER, BASELINE = "shorter", "baseline"
 ALL_ROWS = (*ROWS, SHORTER, BASELINE)
+SCORES = ("accuracy", "artist_balanced_accuracy", "macro_f1")
 CSV_COLUMNS = [
-    *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_macro_f1", "last_val_accuracy"),
-    *("parameters", "seconds", "device", "date"),
+    *("row", "model", "seed", "epochs", "best_epoch", "val_accuracy", "val_artist_balanced_accuracy"),
+    *("val_macro_f1", "last_val_accuracy", "parameters", "seconds", "device", "date"),
+]
+FOLD_COLUMNS = [
+    *("row", "model", "fold", "folds", "seed", "epochs", "held_out_clips", "accuracy"),
+    *("artist_balanced_accuracy", "macro_f1", "parameters", "seconds", "device", "date"),
 ]
 
 
@@ -70,50 +82,114 @@ def row_recipe(row: str, base: Recipe) -> Recipe:
 
 
 def run_ablation(
-    pack: Pack, run: str, rows: Sequence[str], base: Recipe, n_seeds: int, device: torch.device
-) -> Path:
-    """Train and evaluate rows on validation; write ``ablation.csv``, a line a training, after each row."""
-    for row, recipe in {row: row_recipe(row, base) for row in rows}.items():
-        print(f"{row}:", flush=True)
-        train_and_evaluate(recipe, pack, _row_run(run, row), device, n_seeds=n_seeds)
-        write_csv(run)
-    return write_csv(run)
+    pack: Pack,
+    run: str,
+    rows: Sequence[str],
+    base: Recipe,
+    device: torch.device,
+    *,
+    n_seeds: int = 1,
+    n_folds: int = 0,
+    jobs: int = 1,
+    scheduler: str = "",
+) -> None:
+    """Train and evaluate rows, and write the tables of what is finished after each training.
 
+    Every training runs on one thread of a process of its own, so ``jobs`` changes no weight.
 
-def _row_run(run: str, row: str) -> str:
-    return f"{run}/ablation/{row}"
-
-
-def finished_rows(run: str) -> dict[str, Metrics]:
-    """Read the metrics of every row of a run that is finished, in the order of `ALL_ROWS`."""
-    found = {}
-    for row in ALL_ROWS:
-        paths = list((run_dir(_row_run(run, row)) / "metrics").glob("*.json"))
-        if paths:
-            model = paths[0].stem
-            found[row] = read_metrics(_row_run(run, row), [model])[model]
-    return found
-
-
-def write_csv(run: str) -> Path:
-    """Write ``outputs/<run>/ablation.csv`` from the metrics of the finished rows."""
-    lines = [
-        {"row": row, "parameters": metrics["n_parameters"], **metrics, **result}
-        | {f"val_{score}": result["val"][score] for score in ("accuracy", "macro_f1")}
-        for row, metrics in finished_rows(run).items()
-        for result in metrics["seeds"]
+    Parameters
+    ----------
+    n_folds
+        0 trains on the training split and evaluates the best epoch on validation. Else every row is
+        trained once for each fold of `fma_nb.runs.folds.cut_folds` and evaluated after its last epoch.
+    jobs
+        Trainings side by side on this machine.
+    scheduler
+        Spread them over the workers of this Dask scheduler instead.
+    """
+    recipes = {row: row_recipe(row, base) for row in rows}
+    if n_seeds < 1 or jobs < 1:
+        raise FmaNbError(f"--seeds {n_seeds} and --jobs {jobs} must be at least 1.")
+    held_out = cut_folds(pack, n_folds) if n_folds else [np.empty(0, np.int64)]
+    folders = {"FMA_NB_DATA": str(data_dir()), "FMA_NB_OUTPUTS": str(outputs_dir())}
+    trainings = [
+        (recipe, pack.dataset, pack.preset, row_run(run, row, i, n_folds), device, n_seeds, ids, folders)
+        for i, ids in enumerate(held_out, 1)
+        for row, recipe in recipes.items()
     ]
-    return _write_table(run_dir(run) / "ablation.csv", pd.DataFrame(lines, columns=CSV_COLUMNS).round(5))
+    outcomes = (
+        run_on_cluster(train_row, trainings, scheduler, None, one_thread=True)
+        if scheduler
+        else run_locally(train_row, trainings, min(jobs, len(trainings)), cpu_limit_s=0)
+    )
+    with Progress(len(trainings), f"{len(rows)} row(s)", "training") as bar:
+        for training, reason in outcomes:
+            if reason:
+                raise FmaNbError(f"{training[3]}: the process was killed; is there enough memory?")
+            bar.update()
+            write_csv(run, n_folds)
 
 
-def _write_table(path: Path, table: pd.DataFrame) -> Path:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
-    return path
+def train_row(
+    recipe: Recipe,
+    dataset: str,
+    preset: str,
+    row_run: str,
+    device: torch.device,
+    n_seeds: int,
+    held_out: Ids,
+    folders: dict[str, str],
+) -> None:
+    """Train and evaluate one row in this process, on a fold when ``held_out`` has its track ids."""
+    os.environ.update(folders)
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(None):  # the parent has said what there is to say of the pack
+        pack = open_pack(dataset, preset)
+    if is_fold := len(held_out) > 0:
+        pack = fold_pack(pack, held_out)
+    train_and_evaluate(recipe, pack, row_run, device, n_seeds=n_seeds, last_epoch=is_fold, progress=False)
 
 
-def ablation_table(run: str) -> pd.DataFrame:
-    """Compare every finished row of a run with the final recipe, on the same validation tracks.
+def row_run(run: str, row: str, fold: int = 0, n_folds: int = 0) -> str:
+    """Return the run folder of a row, or of one of its folds."""
+    return f"{run}/ablation/{row}" + (f"_fold{fold}of{n_folds}" if n_folds else "")
+
+
+def finished_rows(run: str, n_folds: int = 0) -> dict[str, Metrics]:
+    """Read the metrics of every finished row of a run, in the order of `ALL_ROWS`; folds are pooled."""
+    found = {row: read_row(run, row, n_folds) for row in ALL_ROWS}
+    return {row: pooled(metrics) if n_folds else metrics[0] for row, metrics in found.items() if metrics}
+
+
+def read_row(run: str, row: str, n_folds: int = 0) -> list[Metrics]:
+    """Read the metrics of a row's folds, or of its one training; nothing when one is not there yet."""
+    runs = [row_run(run, row, i + 1, n_folds) for i in range(n_folds or 1)]
+    paths = [path for one in runs for path in (run_dir(one) / "metrics").glob("*.json")]
+    models = {path.stem for path in paths}
+    if len(paths) < len(runs) or len(models) > 1:
+        return []
+    found = [read_metrics(one, [model])[model] for one in runs for model in models]
+    made = [(metrics["config"], [result["seed"] for result in metrics["seeds"]]) for metrics in found]
+    return found if all(one == made[0] for one in made) else []
+
+
+def write_csv(run: str, n_folds: int = 0) -> Path:
+    """Write ``ablation.csv`` or ``folds.csv``, a line a training, from the metrics of the finished rows."""
+    lines = []
+    for row in ALL_ROWS:
+        for fold, metrics in enumerate(read_row(run, row, n_folds), 1):
+            for result in metrics["seeds"]:
+                scores = {("" if n_folds else "val_") + score: result["val"][score] for score in SCORES}
+                facts = {"row": row, "parameters": metrics["n_parameters"], "fold": fold, "folds": n_folds}
+                facts["held_out_clips"] = len(metrics["labels"]["val"])
+                lines.append(facts | metrics | result | scores)
+    columns = FOLD_COLUMNS if n_folds else CSV_COLUMNS
+    path = run_dir(run) / ("folds.csv" if n_folds else "ablation.csv")
+    return write_table(path, pd.DataFrame(lines, columns=columns))
+
+
+def ablation_table(run: str, n_folds: int = 0) -> pd.DataFrame:
+    """Compare every finished row of a run with the final recipe, on the same tracks.
 
     Rows made from other data, or as changes of another recipe than the run's ``final``, are left out, and
     a line says so.
@@ -121,28 +197,35 @@ def ablation_table(run: str) -> pd.DataFrame:
     Returns
     -------
     table
-        ``row, seeds, epochs, val_mean, val_std, last_mean, difference, low, high``. The first means are of
-        each seed's best epoch, which was chosen on these tracks; ``last_mean`` of its last one. The interval
-        is the 95 % one of `fma_nb.evaluation.paired_difference`. Empty without the final recipe.
+        A line a row: ``row, seeds, epochs``; ``accuracy`` and ``balanced_accuracy``, with artists weighted
+        equally, and their ``difference`` and ``balanced_difference`` from the final recipe, each with the
+        95 % interval of `fma_nb.evaluation` in ``…_low`` and ``…_high``; ``last``, the accuracy after the
+        last epoch. With folds that is ``accuracy``, too, on clips that chose nothing, and ``spread`` is the
+        standard error over folds. Without folds ``accuracy`` is of each seed's best epoch, which was chosen
+        on these tracks, and ``spread`` the standard deviation over seeds. Empty without the final recipe.
     """
-    found = finished_rows(run)
+    found = finished_rows(run, n_folds)
     if FINAL not in found:
         return pd.DataFrame()
     kept = {row: metrics for row, metrics in found.items() if _belongs(row, metrics, found[FINAL])}
     if len(kept) < len(found):
         others = ", ".join(row for row in found if row not in kept)
         print(f"Left out, made from other data or with another recipe: {others}")
-    final = correct_matrix(found[FINAL], "val")
-    groups = artist_groups(found[FINAL]["dataset"], list(final.columns))
-    table = result_table(kept)[["model", "seeds", "val_accuracy", "val_std"]]
-    table.columns = pd.Index(["row", "seeds", "val_mean", "val_std"])
+    table = comparison_table(kept, FINAL, "val")
     table.insert(2, "epochs", [metrics["config"]["epochs"] for metrics in kept.values()])
     lasts = [[result["last_val_accuracy"] for result in metrics["seeds"]] for metrics in kept.values()]
-    table["last_mean"] = [float(np.mean(accuracies)) for accuracies in lasts]
-    gaps = [paired_difference(correct_matrix(metrics, "val"), final, groups) for metrics in kept.values()]
-    table[["difference", "low", "high"]] = [[gap.value, gap.low, gap.high] for gap in gaps]
-    table.loc[table["row"] == FINAL, ["difference", "low", "high"]] = np.nan
-    return table
+    return table.assign(last=[float(np.mean(accuracies)) for accuracies in lasts])
+
+
+def write_tables(run: str, table: pd.DataFrame, n_folds: int = 0) -> list[Path]:
+    """Write a run's `ablation_table`, its CSV of trainings and, of folds, each track's answers."""
+    name = "folds" if n_folds else "ablation"
+    paths = [write_csv(run, n_folds), write_table(run_dir(run) / f"{name}_table.csv", table)]
+    if n_folds:
+        paths.append(
+            write_table(run_dir(run) / "folds_answers.csv", answer_table(finished_rows(run, n_folds), "val"))
+        )
+    return paths
 
 
 def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
@@ -153,57 +236,3 @@ def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:
         return False
     config = metrics["config"] | {"seed": wanted["seed"]}
     return bool(config == wanted and metrics["fingerprint"] == final["fingerprint"])
-
-
-def folds(pack: Pack, n_folds: int) -> Iterator[Pack]:
-    """Cut the training split into folds; yield packs whose validation is one fold each.
-
-    Folds are balanced by genre and tear no group of `fma_nb.metadata.artist_groups` apart. The official
-    validation split is not touched: what comes out is an estimate that no epoch was chosen on.
-
-    Raises
-    ------
-    FmaNbError
-        When there are fewer than two folds, or fewer artists than folds.
-    """
-    if n_folds < 2:
-        raise FmaNbError(f"--folds {n_folds} must be at least 2.")
-    train = pack.split("train")
-    groups = artist_groups(pack.dataset, train.track_ids.tolist())
-    if len(set(groups)) < n_folds:
-        raise FmaNbError(f"--folds {n_folds}: the training split has only {len(set(groups))} artist(s).")
-    cutter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
-    for i, (kept, held_out) in enumerate(cutter.split(train.track_ids, train.labels, groups)):
-        splits = {name: _part(train, chosen) for name, chosen in (("train", kept), ("val", held_out))}
-        yield replace(pack, fingerprint=f"{pack.fingerprint}/fold {i + 1} of {n_folds}", splits=splits)
-
-
-def _part(split: Split, chosen: np.ndarray[Any, Any]) -> Split:
-    return Split(split.images[chosen], split.labels[chosen], split.track_ids[chosen])
-
-
-def cross_validate(pack: Pack, run: str, recipe: Recipe, n_folds: int, device: torch.device) -> list[float]:
-    """Train a recipe once for each fold of the training split; write ``folds.csv``, a line a fold.
-
-    Returns the accuracy on each fold after the last epoch: the best one would have been chosen on the fold
-    itself.
-    """
-    lines: list[dict[str, Any]] = []
-    for i, fold in enumerate(folds(pack, n_folds), 1):
-        print(f"fold {i} of {n_folds}:", flush=True)
-        metrics = train_and_evaluate(recipe, fold, _row_run(run, f"fold{i}of{n_folds}"), device)
-        line = {
-            "fold": i,
-            "folds": n_folds,
-            "model": recipe.model,
-            "seed": recipe.seed,
-            "epochs": metrics["seeds"][0]["epochs"],
-            "train_clips": len(fold.split("train")),
-            "held_out_clips": len(fold.split("val")),
-            "accuracy": round(metrics["seeds"][0]["last_val_accuracy"], 5),
-            "device": metrics["device"],
-            "date": metrics["date"],
-        }
-        lines.append(line)
-        _write_table(run_dir(run) / "folds.csv", pd.DataFrame(lines))
-    return [line["accuracy"] for line in lines]

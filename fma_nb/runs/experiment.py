@@ -56,9 +56,10 @@ def train_and_evaluate(
     *,
     n_seeds: int = 1,
     evaluation_split: str = "val",
+    last_epoch: bool = False,
     progress: bool = True,
 ) -> Metrics:
-    """Train a model with several seeds, evaluate each best checkpoint, and write the metrics file.
+    """Train a model with several seeds, evaluate each one's best checkpoint, and write the metrics file.
 
     What cannot work raises `FmaNbError` before the first epoch. What an earlier call finished is not trained
     again.
@@ -69,6 +70,8 @@ def train_and_evaluate(
         Its seed is the first of ``n_seeds`` consecutive ones.
     evaluation_split
         ``val`` evaluates on validation only; ``test`` adds the test split.
+    last_epoch
+        Evaluate the weights after the last epoch instead: no clip had a say in which epoch that is.
     """
     splits = evaluation_splits(pack, evaluation_split)
     if n_seeds < 1:
@@ -76,7 +79,7 @@ def train_and_evaluate(
     results = []
     for one in [replace(recipe, seed=recipe.seed + i) for i in range(n_seeds)]:
         files = run_files(run, one.model, one.seed, recipe.seed)
-        model, best_epoch, log = fit(one, pack, files, device, progress=progress)
+        model, best_epoch, log = fit(one, pack, files, device, last_epoch=last_epoch, progress=progress)
         result = {
             "seed": one.seed,
             "epochs": len(log),
@@ -95,21 +98,27 @@ def train_and_evaluate(
         "fingerprint": pack.fingerprint,
         "n_parameters": count_parameters(model),
         "config": asdict(recipe),
+        "checkpoint": "last" if last_epoch else "best",
         "device": device_name(device),
         "versions": versions(),
         "date": date.today().isoformat(),
-        "labels": {split: _labels(pack, split) for split in splits},
         "seeds": results,
-    }
+    } | split_facts(pack, splits)
     with atomic_path(metrics_path(run, recipe.model)) as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 
-def _labels(pack: Pack, split: str) -> dict[str, str]:
-    clips = pack.split(split)
-    genres = [pack.genres[label] for label in clips.labels]
-    return dict(zip(map(str, clips.track_ids), genres, strict=True))
+def split_facts(pack: Pack, splits: Sequence[str]) -> Metrics:
+    """Return ``labels`` and ``artists`` of the splits' clips by track id, for a metrics file."""
+    facts: Metrics = {"labels": {}, "artists": {}}
+    for split in splits:
+        clips = pack.split(split)
+        ids = [str(track_id) for track_id in clips.track_ids]
+        genres = [pack.genres[label] for label in clips.labels]
+        facts["labels"][split] = dict(zip(ids, genres, strict=True))
+        facts["artists"][split] = dict(zip(ids, clips.artists.tolist(), strict=True))
+    return facts
 
 
 def versions() -> dict[str, str]:
@@ -158,7 +167,7 @@ def _read_metrics_file(path: Path, model: str) -> Metrics:
         raise FmaNbError(f"{path} is damaged: run notebooks 03 and 04 again.") from error
     if not isinstance(metrics, dict) or not set(METRICS_KEYS) <= metrics.keys() or not metrics["seeds"]:
         raise FmaNbError(f"{path} is not a metrics file: run notebooks 03 and 04 again.")
-    if "last_val_accuracy" not in metrics["seeds"][0]:
+    if "artists" not in metrics:
         raise FmaNbError(f"{path} was made by another version of this project: remove it and run again.")
     if metrics["model"] != model:
         raise FmaNbError(f"{path} speaks of model {metrics['model']!r}, not {model!r}.")

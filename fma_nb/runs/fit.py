@@ -36,7 +36,7 @@ Loader = DataLoader[Batch]
 
 
 class TrainedModel(NamedTuple):
-    """A model with its best weights, the epoch they are of (counted from 1), and the log, a row an epoch."""
+    """A trained model, its best epoch (counted from 1), and the log, a row an epoch."""
 
     model: nn.Module
     best_epoch: int
@@ -44,12 +44,19 @@ class TrainedModel(NamedTuple):
 
 
 def fit(
-    recipe: Recipe, pack: Pack, files: RunFiles, device: torch.device, *, progress: bool = True
+    recipe: Recipe,
+    pack: Pack,
+    files: RunFiles,
+    device: torch.device,
+    *,
+    last_epoch: bool = False,
+    progress: bool = True,
 ) -> TrainedModel:
     """Train a model, writing the log and the best and last checkpoint after every epoch.
 
     Best is the higher validation accuracy, then the lower loss. Goes on from ``files.last`` when that was
     made by the same recipe on the same data, and trains nothing when it is complete; otherwise starts over.
+    The model returned has the best weights, or with ``last_epoch`` those after the last epoch.
 
     Raises
     ------
@@ -81,7 +88,8 @@ def fit(
             save_checkpoint(files.last, content | _resume_state(state) | best)
             bar.update(1, f"val accuracy {accuracy:.3f}")
     kept, log = load_checkpoint(files.best), load_log(files.log)
-    state.model.load_state_dict(kept["model_state"])
+    weights = load_checkpoint(files.last) if last_epoch else kept
+    state.model.load_state_dict(weights["model_state"])
     return TrainedModel(state.model, kept["epoch"] + 1, log[log["seed"] == recipe.seed])
 
 
