@@ -21,6 +21,7 @@ SMALL = {
     "epochs": 1,
     "few_epochs": 1,
     "watched_epochs": 1,
+    "planted_rounds": 1,
     "n_splits": 5,
 }
 
