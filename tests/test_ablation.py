@@ -1,4 +1,4 @@
-"""Stage 7b: every row takes out what its name says, finished rows stay, and folds leak nothing."""
+"""Stage 7b: every row takes out what its name says, and finished rows stay."""
 
 from __future__ import annotations
 
@@ -15,23 +15,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_sentence, track_row, write_png_tree, write_tracks_csv
+from conftest import assert_one_sentence, write_png_tree
 from PIL import Image
 
-from fma_nb.bulk.pack import load_pack
 from fma_nb.commands.cli import main
-from fma_nb.dataset import Pack
 from fma_nb.evaluation import correct_matrix, paired_difference
-from fma_nb.metadata import GENRES, artist_groups
 from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
-from fma_nb.project import FmaNbError, data_dir, outputs_dir, spectrogram_dir
+from fma_nb.project import FmaNbError, outputs_dir, spectrogram_dir
 from fma_nb.recipe import Recipe, default_recipe
-from fma_nb.runs.ablation import ALL_ROWS, CSV_COLUMNS, ROWS, ablation_table, finished_rows, folds, row_recipe
-from fma_nb.runs.checkpoint import read_log
+from fma_nb.runs.ablation import ALL_ROWS, CSV_COLUMNS, ROWS, ablation_table, finished_rows, row_recipe
 
 RUN = "tiny"
 N_SEEDS = 2
-N_EPOCHS = 4
 # What lets a small CRNN learn something in one epoch from bands at a genre's own height.
 QUICK = {
     "epochs": "1",
@@ -338,13 +333,12 @@ def test_a_bad_change_of_the_recipe_is_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        (["--seeds", "0", "--rows", "final"], "n_seeds=0"),
+        (["--seeds", "0", "--rows", "final"], "--seeds 0"),
+        (["--jobs", "0", "--rows", "final"], "--jobs 0"),
         (["--device", "abacus"], "abacus"),
         (["--preset", "huge"], "huge"),
         (["--dataset", "fma_mini"], "fma_mini"),
         (["--run", "../x", "--rows", "final"], "../x"),
-        (["--folds", "1"], "--folds 1"),
-        (["--folds", "-3"], "--folds -3"),
     ],
 )
 @pytest.mark.usefixtures("printed")
@@ -354,107 +348,3 @@ def test_bad_options_are_one_sentence(
     assert ablate(*arguments, run="untouched")[0] == 2
     assert_one_sentence(refusal(capsys), name)
     assert not (outputs_dir() / "untouched").exists()
-
-
-# ----- folds -----
-
-
-def ids(pack: Pack, split: str) -> list[int]:
-    return pack.split(split).track_ids.tolist()
-
-
-@pytest.mark.parametrize("n_folds", [2, 3, 5])
-@pytest.mark.usefixtures("printed")
-def test_folds_partition_the_training_split(n_folds: int) -> None:
-    pack = load_pack("fma_small", "compact")
-    official = {split: ids(pack, split) for split in ("train", "val", "test")}
-    where = {track_id: i for i, track_id in enumerate(official["train"])}
-    train, held_out = pack.split("train"), []
-    cut = list(folds(pack, n_folds))
-    for fold in cut:
-        kept, judged = ids(fold, "train"), ids(fold, "val")
-        assert sorted(kept + judged) == sorted(official["train"])
-        held_out += judged
-        for split in ("train", "val"):
-            part = fold.split(split)
-            rows = [where[track_id] for track_id in part.track_ids.tolist()]
-            np.testing.assert_array_equal(part.images, train.images[rows])
-            np.testing.assert_array_equal(part.labels, train.labels[rows])
-            assert set(part.labels.tolist()) == set(range(8))
-        assert "test" not in fold.splits
-    assert len(cut) == n_folds
-    assert sorted(held_out) == sorted(official["train"])
-    assert len(set(held_out)) == len(held_out)
-    assert {split: ids(pack, split) for split in official} == official
-    assert [ids(fold, "val") for fold in folds(pack, n_folds)] == [ids(fold, "val") for fold in cut]
-
-
-@pytest.mark.usefixtures("printed")
-def test_a_fold_is_never_taken_for_other_data() -> None:
-    """Trainings are found again by fingerprint: that of a fold belongs to it alone."""
-    pack = load_pack("fma_small", "compact")
-    found = [fold.fingerprint for n_folds in (2, 3) for fold in folds(pack, n_folds)]
-    assert len({pack.fingerprint, *found}) == 6
-
-
-@pytest.mark.usefixtures("project")
-def test_tracks_of_one_artist_stay_together() -> None:
-    tree = write_png_tree(spectrogram_dir("fma_small", "compact"), {"train": 6, "val": 1})
-    pack = load_pack("fma_small", "compact")
-    by_genre = {genre: [i for i, row in tree.items() if row[:2] == ("train", genre)] for genre in GENRES}
-    # Two tracks an artist.
-    artist_of = {i: 1000 + ids_[n // 2 * 2] for ids_ in by_genre.values() for n, i in enumerate(ids_)}
-
-    def torn_artists() -> int:
-        return sum(
-            len({artist_of[i] for i in ids(fold, "train")} & {artist_of[i] for i in ids(fold, "val")})
-            for fold in folds(pack, 3)
-        )
-
-    assert torn_artists() > 0  # their ids are no neighbours, so nothing tells the artists yet
-    rows = [track_row(i, tree[i][1], artist_id=artist) for i, artist in artist_of.items()]
-    write_tracks_csv(data_dir() / "raw" / "fma_metadata" / "tracks.csv", rows)
-    assert torn_artists() == 0
-    for fold in folds(pack, 3):
-        assert set(fold.split("val").labels.tolist()) == set(range(8))
-
-
-@pytest.mark.parametrize("n_folds", [1, 0, -1])
-@pytest.mark.usefixtures("printed")
-def test_fewer_than_two_folds_are_refused(n_folds: int) -> None:
-    with pytest.raises(FmaNbError) as caught:
-        list(folds(load_pack("fma_small", "compact"), n_folds))
-    assert_one_sentence(caught.value, f"--folds {n_folds}")
-
-
-@pytest.mark.usefixtures("printed")
-def test_cross_validation_prints_an_accuracy_a_fold() -> None:
-    rows_before = list(finished_rows(RUN))
-    status, text = ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.02")
-    assert status == 0
-    last = text.splitlines()[-1]
-    accuracies, best = [], []
-    pack = load_pack("fma_small", "compact")
-    for i, fold in enumerate(folds(pack, 2)):
-        metrics = metrics_of(f"fold{i + 1}of2", "crnn")
-        assert metrics["fingerprint"] == fold.fingerprint
-        assert set(metrics["labels"]["val"]) == {str(track_id) for track_id in ids(fold, "val")}
-        log = read_log(f"{RUN}/ablation/fold{i + 1}of2", "crnn")
-        assert len(log) == N_EPOCHS
-        accuracies.append(log["val_accuracy"].iloc[-1])
-        best.append(log["val_accuracy"].max())
-    assert accuracies != best  # else this test could not tell the last epoch from the best one
-    listed = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
-    assert last == f"2 folds of the training split: {listed} mean {statistics.mean(accuracies):.4f}"
-    assert list(finished_rows(RUN)) == rows_before  # folds are no rows of the ablation
-    table = pd.read_csv(outputs_dir() / RUN / "folds.csv")
-    assert table["accuracy"].tolist() == pytest.approx(accuracies, abs=1e-5)
-    n_clips = len(pack.split("train"))
-    assert (table["train_clips"] + table["held_out_clips"]).tolist() == [n_clips] * 2
-    assert table["held_out_clips"].sum() == n_clips
-
-    before = stamps(outputs_dir() / RUN)
-    assert (
-        ablate("--folds", "2", "-p", "epochs", str(N_EPOCHS), "-p", "lr", "0.02")[1].splitlines()[-1] == last
-    )
-    assert stamps(outputs_dir() / RUN) == before

@@ -157,7 +157,10 @@ def test_folds_of_the_real_artists(real: Path) -> None:
     judged = [fold_pack(pack, held_out).split("val") for held_out in cut]
     assert sum(len(set(part.artists.tolist())) for part in judged) == len(set(artists.tolist())) > 2000
     for part in judged:
-        assert (abs(np.bincount(part.labels) - 180) <= 40).all()
+        counts = np.bincount(part.labels).tolist()
+        instrumental = counts.pop(GENRES.index("Instrumental"))  # one artist has 208 of 899 clips
+        assert set(counts) <= {179, 180}
+        assert 172 <= instrumental <= 210
 
 
 def test_folds_do_not_depend_on_the_order_or_the_split_of_the_clips(pack: Pack) -> None:
@@ -327,20 +330,17 @@ def put_row(row: str, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -
         path.write_text(json.dumps(content))
 
 
-def all_right(_fold: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Every answer right in Rock and Folk, the others as they are."""
-    answers = metrics["seeds"][0]["val"]
-    predictions = {
-        i: genre if genre in ("Rock", "Folk") else answers["predictions"][i]
-        for i, genre in metrics["labels"]["val"].items()
-    }
-    seed = metrics["seeds"][0] | {"val": answers | {"predictions": predictions}}
-    return metrics | {"seeds": [seed]}
+def half_right(_fold: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Right on every track with an odd number, and elsewhere as before."""
+    seed = metrics["seeds"][0]
+    before, labels = seed["val"]["predictions"], metrics["labels"]["val"]
+    predictions = {i: labels[i] if int(i) % 2 else genre for i, genre in before.items()}
+    return metrics | {"seeds": [seed | {"val": seed["val"] | {"predictions": predictions}}]}
 
 
 @pytest.mark.usefixtures("copied")
 def test_rows_are_compared_on_the_same_clips_over_all_folds() -> None:
-    put_row("no_gru", all_right)
+    put_row("no_gru", half_right)
     found = finished_rows(RUN, N_FOLDS)
     ours, final = (correct_matrix(found[row], "val") for row in ("no_gru", "final"))
     clips = clip_table(found["final"], "val")
@@ -381,14 +381,9 @@ def test_pooled_seeds_are_those_of_every_fold() -> None:
 
     def metrics(fold: int) -> dict[str, Any]:
         clip = str(fold)
-        seeds = [
-            {
-                "seed": seed,
-                "last_val_accuracy": fold / 4,
-                "val": {"predictions": {clip: str(seed)}, "probabilities": {}},
-            }
-            for seed in (7, 8)
-        ]
+        seeds: list[dict[str, Any]] = [{"seed": seed, "last_val_accuracy": fold / 4} for seed in (7, 8)]
+        for one in seeds:
+            one["val"] = {"predictions": {clip: str(one["seed"])}, "probabilities": {}}
         facts = {"labels": {"val": {clip: "7"}}, "artists": {"val": {clip: fold}}}
         return {"fingerprint": f"f{fold}", "seeds": seeds} | facts
 
@@ -402,7 +397,7 @@ def test_pooled_seeds_are_those_of_every_fold() -> None:
 @pytest.mark.usefixtures("project")
 def test_what_the_metadata_lacks_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
     write_data(without=4)
-    assert main([*COMMAND, *CHANGES, "-p", "epochs", "1", "--rows", "final", "--jobs", "2"]) == 0
+    assert main([*COMMAND, *CHANGES, "-p", "epochs", "1", "--rows", "final", "--jobs", "1"]) == 0
     assert capfd.readouterr().out.count("are not in fma_small's metadata: each is its own artist.") == 1
     artists = [artist for metrics in fold_metrics() for artist in metrics["artists"]["val"].values()]
     unknown = [artist for artist in artists if artist < 0]

@@ -342,9 +342,7 @@ def test_what_the_work_raises_on_a_cluster_is_not_taken_for_the_clusters_fault(
         list(run_on_cluster(fail, jobs(1), scheduler))
 
 
-@pytest.mark.parametrize("timeout_s", [60.0, None])
-def test_a_scheduler_that_goes_away_is_one_sentence(tmp_path: Path, timeout_s: float | None) -> None:
-    """As it is for spectrograms, and for trainings, which never time out."""
+def test_a_scheduler_that_goes_away_is_one_sentence(tmp_path: Path) -> None:
     from conftest import assert_one_sentence
 
     process, address = start_scheduler(tmp_path)
@@ -364,7 +362,7 @@ def test_a_scheduler_that_goes_away_is_one_sentence(tmp_path: Path, timeout_s: f
     killer.start()
     try:
         with known_to_the_cluster(), pytest.raises(FmaNbError) as caught:
-            list(run_on_cluster(note_and_hang, jobs(3), address, timeout_s))
+            list(run_on_cluster(note_and_hang, jobs(3), address))
         assert_one_sentence(caught.value, address, "went away", "run the same command")
     finally:
         kill(worker)
