@@ -31,7 +31,7 @@ NAMES = {
     "no_gru": "CRNN without its GRU",
     "final": "CRNN",
     "shuffled": "CRNN trained on shuffled frames",
-    "final_mean": "CRNN, mean of three seeds",
+    "final_mean": "CRNN, three seeds averaged into one answer",
     "shipped": "CRNN, the weights of the package",
     "shorter": "12 epochs",
     "wider": "1.5 times as wide",
