@@ -246,12 +246,27 @@ class WholeRun:
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
-    """All five notebooks on fma_mini, one epoch and one seed, in a folder of their own."""
+    """All five notebooks on fma_mini, one epoch and one seed, no planted effect, in a folder of their own."""
     data, outputs = project_root() / "data", tmp_path_factory.mktemp("outputs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMA_NB_DATA", str(data))
         make_fma_mini()
-    command = ("run", "--run", "tiny", "--device", "cpu", "-p", "epochs", "1", "-p", "n_seeds", "1")
+    command = (
+        "run",
+        "--run",
+        "tiny",
+        "--device",
+        "cpu",
+        "-p",
+        "epochs",
+        "1",
+        "-p",
+        "n_seeds",
+        "1",
+        "-p",
+        "planted_rounds",
+        "0",
+    )
     run = partial(fma_nb, *command, FMA_NB_DATA=str(data), FMA_NB_OUTPUTS=str(outputs))
     return WholeRun(outputs, run(), run)
 

@@ -630,6 +630,20 @@ MISTAKES = [
         "x = torch.cat([x[:, -1], x[:, -1]], dim=1)",
         "tests/test_notebooks.py::test_the_crnn_of_notebook_04_is_the_packages",
     ),
+    Mistake(
+        "planted calls at fixed distances in notebook 05",
+        "notebooks/05_comparison.ipynb",
+        "place + rng.integers(-2, 2)",
+        "place",
+        "tests/test_notebooks.py::test_the_place_in_the_stride_tells_nothing_about_the_planted_order",
+    ),
+    Mistake(
+        "planted calls so near that a convolution sees two in notebook 05",
+        "notebooks/05_comparison.ipynb",
+        "zip((0, 43, 85), order",
+        "zip((0, 30, 60), order",
+        "tests/test_notebooks.py::test_no_convolution_sees_two_planted_calls",
+    ),
 ]
 
 
