@@ -19,7 +19,7 @@ from conftest import assert_one_sentence, write_png_tree
 from PIL import Image
 
 from fma_nb.commands.cli import main
-from fma_nb.evaluation import correct_matrix, paired_difference
+from fma_nb.evaluation import bootstrap_accuracy, clip_table, correct_matrix, paired_difference
 from fma_nb.model import CRNN, BaselineCNN, build_model, count_parameters
 from fma_nb.project import FmaNbError, outputs_dir, spectrogram_dir
 from fma_nb.recipe import Recipe, default_recipe
@@ -44,7 +44,7 @@ MODEL_OF = {"final": "crnn", "no_gru": "crnn_no_gru"}
 def ablate(*arguments: str, dataset: str = "fma_small", run: str = RUN) -> tuple[int, str]:
     """Run ``fma-nb ablate`` with the quick recipe; return the exit status and what it printed."""
     changes = [word for name, value in QUICK.items() for word in ("-p", name, value)]
-    options = ["--dataset", dataset, "--run", run, "--device", "cpu"]
+    options = ["--dataset", dataset, "--run", run, "--device", "cpu", "--jobs", "1"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         status = main(["ablate", *options, *changes, *arguments])
     return status, printed.getvalue()
@@ -174,7 +174,7 @@ def test_an_unknown_row_is_named_before_anything_is_trained(capsys: pytest.Captu
 
 def test_the_csv_has_a_line_a_training_with_the_metrics_numbers(printed: str) -> None:
     path = outputs_dir() / RUN / "ablation.csv"
-    assert printed.splitlines()[-1].endswith(str(path))
+    assert f"  {path}\n" in printed
     table = pd.read_csv(path)
     assert list(table.columns) == CSV_COLUMNS
     assert table["row"].tolist() == ["final", "final", "no_gru", "no_gru"]
@@ -188,7 +188,8 @@ def test_the_csv_has_a_line_a_training_with_the_metrics_numbers(printed: str) ->
         assert line["best_epoch"] == result["best_epoch"] == 1
         assert line["last_val_accuracy"] == line["val_accuracy"]  # of a single epoch
         assert line["val_accuracy"] == pytest.approx(result["val"]["accuracy"], abs=1e-5)
-        assert line["val_macro_f1"] == pytest.approx(result["val"]["macro_f1"], abs=1e-5)
+        for score in ("macro_f1", "artist_balanced_accuracy"):
+            assert line[f"val_{score}"] == pytest.approx(result["val"][score], abs=1e-5)
         assert line["parameters"] == count_parameters(build_model(model, 8, 32, 32, width=0.25))
         assert line["seconds"] == result["seconds"]
         assert (line["device"], line["date"]) == (metrics["device"], metrics["date"])
@@ -218,31 +219,37 @@ def test_a_second_run_trains_nothing_again(printed: str) -> None:
     assert status == 0
     assert stamps(folder) == before
     assert (folder / "ablation.csv").read_bytes() == csv
-    assert text.splitlines()[-4:] == printed.splitlines()[-4:]  # the table, and where the CSV lies
+    assert text.splitlines()[-7:] == printed.splitlines()[-7:]  # the table, and where the files lie
 
 
 def test_the_table_compares_every_row_with_the_final_recipe(printed: str) -> None:
     table = ablation_table(RUN).set_index("row")
     assert list(table.index) == ["final", "no_gru"]
-    assert table.loc["final", ["difference", "low", "high"]].isna().all()
-    matrices = {row: correct_matrix(metrics, "val") for row, metrics in finished_rows(RUN).items()}
+    assert table.loc["final", ["difference", "difference_low", "balanced_difference"]].isna().all()
+    found = finished_rows(RUN)
+    matrices = {row: correct_matrix(metrics, "val") for row, metrics in found.items()}
     assert not matrices["no_gru"].equals(matrices["final"])  # else this test would show little
-    groups = artist_groups("fma_small", list(matrices["final"].columns))
-    expected = paired_difference(matrices["no_gru"], matrices["final"], groups)
-    found = table.loc["no_gru"]
-    assert (found["difference"], found["low"], found["high"]) == (
-        expected.value,
-        expected.low,
-        expected.high,
-    )
-    for row, line in table.iterrows():
-        accuracies = [r["val"]["accuracy"] for r in metrics_of(str(row), MODEL_OF[str(row)])["seeds"]]
-        assert line["val_mean"] == pytest.approx(statistics.mean(accuracies))
-        assert line["val_std"] == pytest.approx(statistics.stdev(accuracies))
+    clips = clip_table(found["final"], "val")
+    artists = clips["artist"].tolist()
+    for prefix, score, genres in (
+        ("", "accuracy", None),
+        ("balanced_", "artist_balanced_accuracy", clips["genre"].tolist()),
+    ):
+        gap = paired_difference(matrices["no_gru"], matrices["final"], artists, genres)
+        columns = [f"{prefix}difference{end}" for end in ("", "_low", "_high")]
+        assert table.loc["no_gru", columns].tolist() == [gap.value, gap.low, gap.high]
+        for row, line in table.iterrows():
+            estimate = bootstrap_accuracy(matrices[str(row)], artists, genres)
+            columns = [f"{prefix}accuracy{end}" for end in ("", "_low", "_high")]
+            assert line[columns].tolist() == [estimate.value, estimate.low, estimate.high]
+            scores = [r["val"][score] for r in metrics_of(str(row), MODEL_OF[str(row)])["seeds"]]
+            assert line[f"{prefix}accuracy"] == pytest.approx(statistics.mean(scores))
+            assert line[f"{prefix}spread"] == pytest.approx(statistics.stdev(scores))
+    for _, line in table.iterrows():
         assert (line["seeds"], line["epochs"]) == (N_SEEDS, 1)
-        assert line["last_mean"] == pytest.approx(line["val_mean"])  # of a single epoch
+        assert line["last"] == pytest.approx(line["accuracy"])  # of a single epoch
     shown = re.search(r"no_gru +2 +1 +([\d.]+)", printed)
-    assert shown and float(shown[1]) == pytest.approx(found["val_mean"], abs=1e-4)
+    assert shown and float(shown[1]) == pytest.approx(table.loc["no_gru", "accuracy"], abs=1e-4)
 
 
 def test_the_table_is_drawn_with_what_it_says_inside(printed: str) -> None:
@@ -263,7 +270,7 @@ def test_a_row_made_from_other_data_is_left_out(capsys: pytest.CaptureFixture[st
     write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1})
     assert ablate("--rows", "final,no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
     assert ablation_table(RUN)["row"].tolist() == ["final", "no_gru"]
-    assert ablation_table(RUN)["val_std"].isna().all()  # no spread of one seed
+    assert ablation_table(RUN)[["spread", "balanced_spread"]].isna().all(axis=None)  # no spread of one seed
     write_png_tree(spectrogram_dir("fma_mini", "compact"), {"train": 2, "val": 1}, seed=1)
     assert ablate("--rows", "no_gru", "--seeds", "1", dataset="fma_mini")[0] == 0
     capsys.readouterr()
