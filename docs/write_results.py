@@ -247,6 +247,44 @@ def band() -> str:
     return markdown(head, lines)
 
 
+def planted_columns(dataset: str) -> pd.DataFrame:
+    """Return the accuracies by strength of the calls: a column a network, mean of the seeds."""
+    lines = read("planted_effect").query("dataset == @dataset")
+    wanted = {
+        "CRNN": ("crnn", 360, "accuracy"),
+        "CRNN, 900 steps": ("crnn", 900, "accuracy"),
+        "without GRU": ("crnn_no_gru", 900, "accuracy"),
+        "steps shuffled": ("crnn_steps_shuffled", 360, "accuracy"),
+    }
+    columns = {
+        name: lines[(lines["model"] == model) & (lines["steps"] == steps)].groupby("strength")[column].mean()
+        for name, (model, steps, column) in wanted.items()
+    }
+    genres = lines[lines["model"] == "genres"].set_index("strength")
+    columns["genres, with calls"] = genres["genre_accuracy_planted"]
+    return pd.DataFrame(columns)
+
+
+def planted() -> str:
+    """The planted effect on FMA-Small's clips, and what the calls do to genre accuracy there."""
+    table = planted_columns("fma_small")
+    lines = [
+        [f"{strength:g}", *(f"{value:.3f}" for value in row)]
+        for strength, row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    return markdown(["strength", *table], lines)
+
+
+def planted_mini() -> str:
+    """The same on fma_mini, which is synthetic."""
+    table = planted_columns("fma_mini")
+    lines = [
+        [f"{strength:g}", *(f"{value:.3f}" for value in row)]
+        for strength, row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    return markdown(["strength", *table], lines)
+
+
 def ruler() -> str:
     """What the interval of one difference becomes with more artists; seeds averaged, artists drawn."""
     lines = []
@@ -310,6 +348,8 @@ TABLES: dict[str, Callable[[], str]] = {
         validation_first3s,
         steps,
         band,
+        planted,
+        planted_mini,
     )
 }
 
@@ -342,6 +382,25 @@ def draw() -> None:
     save(figure, "ruler")
 
 
+def draw_planted() -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for ax, (dataset, title) in zip(
+        axes, {"fma_small": "FMA-Small", "fma_mini": "fma_mini (synthetic)"}.items(), strict=True
+    ):
+        table = planted_columns(dataset)
+        colors = (plots.BLUE, plots.BLUE, plots.ORANGE, plots.DARK_GREY)
+        for name, color in zip(list(table)[:4], colors, strict=True):
+            style = "--" if "900" in name else "-"
+            ax.plot(table.index, table[name], style, marker="o", color=color, label=name)
+        ax.axhline(0.5, color=plots.GREY, linewidth=1, linestyle=":")
+        ax.set(title=title, xlabel="strength of the calls", xscale="log", xticks=list(table.index))
+        ax.set_xticks(list(table.index), [f"{strength:g}" for strength in table.index], rotation=45)
+        ax.minorticks_off()
+    axes[0].set_ylabel("share of orders told right")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, "planted_effect")
+
+
 def save(figure: plt.Figure, name: str) -> None:
     figure.savefig(ROOT / "assets" / f"{name}.png", dpi=144, metadata={"Software": None})
     plt.close(figure)
@@ -367,6 +426,7 @@ def main() -> int:
         )
         return len(stale)
     draw()
+    draw_planted()
     return 0
 
 
