@@ -249,7 +249,7 @@ def band() -> str:
 
 def planted_columns(dataset: str) -> pd.DataFrame:
     """Return the accuracies by strength of the calls: a column a network, mean of the seeds."""
-    lines = read("planted_effect").query("dataset == @dataset")
+    lines = read("planted_effect").set_index("dataset").loc[dataset]
     wanted = {
         "CRNN": ("crnn", 360, "accuracy"),
         "CRNN, 900 steps": ("crnn", 900, "accuracy"),
