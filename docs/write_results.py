@@ -341,6 +341,14 @@ def validation_first3s() -> str:
     return markdown(["model", "seeds", "val, best epoch", "val, last epoch"], lines)
 
 
+def mini() -> str:
+    """The models of the notebooks on fma_mini, which is synthetic."""
+    table = read("fma_mini")
+    scores = [f"{split} {score}" for split in ("val", "test") for score in ("accuracy", "artist-balanced")]
+    lines = [[NAMES[line["row"]], *(line[score] for score in scores)] for _, line in table.iterrows()]
+    return markdown(["model", *scores], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -350,6 +358,7 @@ TABLES: dict[str, Callable[[], str]] = {
         band,
         planted,
         planted_mini,
+        mini,
     )
 }
 
