@@ -39,7 +39,7 @@ PALETTE = ("#0072B2", "#6A6A6A", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C
 GENRE_COLORS = dict(zip(GENRES, PALETTE, strict=True))
 MODEL_NAMES = {
     "baseline": "baseline CNN",
-    "baseline_with_recipe": "baseline CNN, CRNN's recipe",
+    "baseline_with_recipe": "baseline with CRNN's recipe",
     "crnn_no_gru": "CRNN without GRU",
     "crnn": "CRNN",
 }
