@@ -106,6 +106,7 @@ def run_ablation(
     scheduler
         Spread them over the workers of this Dask scheduler instead.
     """
+    run_dir(run)  # refuses a bad name before any process starts
     recipes = {row: row_recipe(row, base) for row in rows}
     if n_seeds < 1 or jobs < 1:
         raise FmaNbError(f"--seeds {n_seeds} and --jobs {jobs} must be at least 1.")
