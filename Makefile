@@ -18,10 +18,13 @@ run: $(READY) ## environment, data, the five notebooks and the report (DATASET, 
 	$(BIN)/fma-nb run --dataset $(DATASET) --preset $(PRESET) --device $(DEVICE) $(ARGS)
 
 test: lint ## environment, lint, unit and fault tests, nbval over notebooks/
-	$(BIN)/python -m pytest tests
-	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && FMA_NB_OUTPUTS=$$outputs \
-	  $(BIN)/python -m pytest --nbval --nbval-current-env \
-	  --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600 notebooks/*.ipynb
+	@# Both at once, a thread each; what nbval says is printed last.
+	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export OMP_NUM_THREADS=1 && \
+	{ FMA_NB_OUTPUTS=$$outputs $(BIN)/python -m pytest --nbval --nbval-current-env \
+	    --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600 notebooks/*.ipynb \
+	    > $$outputs/nbval.txt 2>&1 & \
+	  notebooks=$$!; $(BIN)/python -m pytest tests; status=$$?; \
+	  wait $$notebooks || status=1; cat $$outputs/nbval.txt; exit $$status; }
 
 lint: $(READY) ## ruff over code and notebooks, mypy over the package
 	$(BIN)/ruff check .

@@ -229,7 +229,7 @@ def test_the_report_holds_results_figures_configuration_and_versions(report: Pat
         text = page.locator("main").inner_text()
         verdict = page.locator(".verdict").inner_text()
         assert re.search(r"(is ahead of|is behind|cannot be told apart from) the baseline CNN", verdict)
-        assert len(re.findall(r"[+−]\d\.\d{3} \[.+?, .+?\]", verdict)) == 2
+        assert len(re.findall(r"[+−]\d\.\d{3} \[.+?, .+?\]", verdict)) == 3
         for fact in ("Synthetic data", "fingerprint", "torch version", "label_smoothing", "batch_size"):
             assert fact in text
 

@@ -61,7 +61,7 @@ def test_the_ablation_is_drawn_against_its_first_row() -> None:
             ("no_gru", 3, 0.580, 0.020, -0.02, -0.04, 0.01),
             ("no_ema", 1, 0.550, np.nan, -0.05, -0.08, -0.02),
         ],
-        columns=["row", "seeds", "val_mean", "val_std", "difference", "low", "high"],
+        columns=["row", "seeds", "accuracy", "spread", "difference", "difference_low", "difference_high"],
     )
     ax = ablation_plot(Figure().subplots(), table)
     names = [label.get_text() for label in ax.get_yticklabels()]
