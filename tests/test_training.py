@@ -186,7 +186,7 @@ def test_a_second_run_gives_the_same_files(pack: Pack, tmp_path: Path, recipe: R
 
 def test_every_epoch_draws_anew(pack: Pack, tmp_path: Path) -> None:
     """Nothing is learned: only what is drawn (order, shifts, masks, dropout) can change the loss."""
-    log = load_log(train(replace(CRNN, lr=1e-12, epochs=4), pack, tmp_path).log)
+    log = load_log(train(replace(CRNN, lr=1e-12, filter_lr=1e-12, epochs=4), pack, tmp_path).log)
     assert np.diff(np.sort(log["train_loss"])).min() > 1e-5
 
 
