@@ -186,6 +186,17 @@ def test_two_runs_at_once_do_the_work_once(project: Path, tiny_data: Path) -> No
     assert not list(tree.rglob("*.tmp"))
 
 
+def test_a_pack_that_another_run_is_writing_is_left_alone(project: Path, tiny_data: Path) -> None:
+    """Once the last PNG is there, another run may pack, while the first one still tidies up."""
+    tree = tiny_copy(tiny_data, project / "data")
+    half_packed, half_made = tree / "pack" / ".train.npy.x.tmp", tree / "train" / ".000003.png.x.tmp"
+    for temporary in (half_packed, half_made):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    make_spectrograms("fma_small", "compact", workers=2, progress=False)
+    assert half_packed.exists() and not half_made.exists()
+
+
 def test_a_worker_that_is_killed_costs_no_clip(project: Path, tiny_data: Path) -> None:
     """Kill the workers, not the parent: the pool starts new ones, and the run ends in order."""
     tree = tiny_copy(tiny_data, project / "data")

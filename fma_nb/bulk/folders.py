@@ -32,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def clear_temporaries(folder: Path) -> None:
-    """Remove what killed writers left behind below a folder; call it while nobody else writes there."""
-    for temporary in folder.rglob(".*.tmp"):
+def clear_temporaries(*folders: Path) -> None:
+    """Remove what killed writers left behind below folders; call it while nobody else writes there."""
+    for temporary in (path for folder in folders for path in folder.rglob(".*.tmp")):
         temporary.unlink(missing_ok=True)

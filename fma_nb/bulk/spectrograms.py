@@ -23,7 +23,7 @@ from fma_nb.bulk.folders import check_writable, clear_temporaries, locked
 from fma_nb.bulk.workers import CRASHED, NO_MEMORY, run_locally, run_on_cluster
 from fma_nb.metadata import MISSING, Index, load_index
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, spectrogram_dir
+from fma_nb.project import SPLITS, FmaNbError, atomic_path, spectrogram_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB, Preset, get_preset, make_spectrogram, png_path
 
 MAX_UNREADABLE = 0.05
@@ -75,11 +75,12 @@ def make_spectrograms(
             jobs, reasons = _to_do(index, folder)  # another run may have done them meanwhile
             for place in {folder, *(png.parent for _, png in jobs)}:
                 check_writable(place)
-            clear_temporaries(folder)
+            png_folders = [folder / split for split in SPLITS]  # another run may be writing its pack beside
+            clear_temporaries(*png_folders)
             _write_mel_json(folder, preset)
             for job, reason in _failures(list(jobs), preset, workers, scheduler, progress):
                 reasons[jobs[job]] = reason
-            clear_temporaries(folder)  # of workers that were killed meanwhile
+            clear_temporaries(*png_folders)  # of workers that were killed meanwhile
             _write_skipped(folder, index, reasons)
     found = _with_reasons(index, reasons)
     skipped = pd.concat([index.dropped, found], ignore_index=True).sort_values("track_id")
