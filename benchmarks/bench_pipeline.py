@@ -39,7 +39,7 @@ def lap(name):
     global clock
     seconds[name], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
 for one in json.loads(sys.argv[2]):
-    download(Archive(*one), base_url=sys.argv[1], progress=False)
+    download(Archive(*one), base_url=sys.argv[1])
     lap(f"download, unpack and verify {one[0]}")
 make_spectrograms("fma_small", "compact", progress=False)
 lap("spectrograms")
