@@ -5,8 +5,6 @@ that a call after a crash, a full disk or Ctrl-C goes on from there: bytes in ``
 under their final names, and at the end the record ``<name>.json``, which makes the next call return at once.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -72,29 +70,28 @@ def download(
     """Bring one of `ARCHIVES` to ``data/raw/`` and return its unpacked folder.
 
     ``<name>.zip`` comes from the folder at ``base_url``, or is the copy at ``archive_path``, which is checked
-    and left alone. Call it again after any failure: it goes on where it stopped. Once all is done it does
+    and left alone. Call it again after an `FmaNbError`: it goes on where it stopped. Once all is done it does
     nothing; delete ``data/raw/<name>.json`` to have every file checked again.
-
-    Raises
-    ------
-    FmaNbError
-        When the server or the archive is at fault, a file cannot be written, or another process downloads.
     """
     raw = data_dir() / "raw"
     zip_path, folder, record = (raw / f"{archive.name}{end}" for end in (".zip", "", ".json"))
     try:
-        if not _is_finished(archive, folder, record):
-            raw.mkdir(parents=True, exist_ok=True)
-            with FileLock(raw / f".{archive.name}.lock", timeout=0):
-                if archive_path is None:
-                    _check_space_for_download(archive, zip_path)
-                    fetch(f"{base_url.rstrip('/')}/{zip_path.name}", zip_path, archive.sha1, policy)
-                else:
-                    verify_sha1(archive_path, archive.sha1)
-                n_members = extract(archive_path or zip_path, folder)
-                verify_checksums(folder)
-                with atomic_path(record) as temporary:
-                    temporary.write_text(json.dumps({"sha1": archive.sha1, "members": n_members}))
+        if folder.is_dir() and record.is_file() and archive.sha1.encode() in record.read_bytes():
+            return folder
+        raw.mkdir(parents=True, exist_ok=True)
+        with FileLock(raw / f".{archive.name}.lock", timeout=0):
+            if archive_path is None:
+                if not zip_path.exists():  # `extract` checks the space again, exactly
+                    n_received = sum(part.stat().st_size for part in raw.glob(f"{zip_path.name}.part"))
+                    n_missing = archive.n_bytes - n_received + archive.unpacked_bytes
+                    _check_free_space(raw, n_missing, archive.name)
+                fetch(f"{base_url.rstrip('/')}/{zip_path.name}", zip_path, archive.sha1, policy)
+            else:
+                verify_sha1(archive_path, archive.sha1)
+            n_members = extract(archive_path or zip_path, folder)
+            verify_checksums(folder)
+            with atomic_path(record) as temporary:
+                temporary.write_text(json.dumps({"sha1": archive.sha1, "members": n_members}))
     except Timeout as error:
         raise FmaNbError(
             f"Another process is downloading {archive.name} to {raw}: wait until it is done."
@@ -105,21 +102,6 @@ def download(
             "or move the data with FMA_NB_DATA, then call again: what is finished is kept."
         ) from error
     return folder
-
-
-def _is_finished(archive: Archive, folder: Path, record: Path) -> bool:
-    try:
-        return folder.is_dir() and json.loads(record.read_text())["sha1"] == archive.sha1
-    except (FileNotFoundError, KeyError, ValueError):
-        return False
-
-
-def _check_space_for_download(archive: Archive, zip_path: Path) -> None:
-    """Check the space for zip and folder before the download; `extract` checks again exactly."""
-    if not zip_path.exists():
-        n_received = sum(part.stat().st_size for part in zip_path.parent.glob(f"{zip_path.name}.part"))
-        n_missing = archive.n_bytes - n_received + archive.unpacked_bytes
-        _check_free_space(zip_path.parent, n_missing, archive.name)
 
 
 def _check_free_space(folder: Path, n_bytes: int, what: str) -> None:
@@ -145,7 +127,8 @@ def fetch(url: str, path: Path, sha1: str, policy: RetryPolicy) -> None:
         path.replace(part)  # Most likely an unfinished download by other means.
     digest = _hash_file(part) if part.exists() else _sha1()
     with part.open("ab") as file, Progress(None, path.name, "B") as bar:
-        received = _Received(file, digest, bar)
+        received = _Received(file, digest, file.tell(), bar)
+        bar.start_at(received.n_bytes)
         _fetch_rest(url, received, sha1, policy)
     if (found := received.digest.hexdigest()) != sha1:
         part.unlink()
@@ -156,24 +139,15 @@ def fetch(url: str, path: Path, sha1: str, policy: RetryPolicy) -> None:
     part.replace(path)
 
 
+@dataclass
 class _Received:
     """The bytes received so far: a growing file, its SHA-1, and the ETag of the server's version."""
 
-    def __init__(self, file: BinaryIO, digest: hashlib._Hash, bar: Progress) -> None:
-        self.file, self.digest, self.bar = file, digest, bar
-        self.n_bytes, self.etag = file.tell(), ""
-        bar.start_at(self.n_bytes)
-
-    def append(self, piece: bytes) -> None:
-        self.file.write(piece)
-        self.digest.update(piece)
-        self.n_bytes += len(piece)
-        self.bar.update(len(piece))
-
-    def clear(self) -> None:
-        self.file.truncate(0)
-        self.digest, self.n_bytes, self.etag = _sha1(), 0, ""
-        self.bar.start_at(0)
+    file: BinaryIO
+    digest: "hashlib._Hash"
+    n_bytes: int
+    bar: Progress
+    etag: str = ""
 
 
 def _fetch_rest(url: str, received: _Received, sha1: str, policy: RetryPolicy) -> None:
@@ -200,11 +174,9 @@ def _fetch_rest(url: str, received: _Received, sha1: str, policy: RetryPolicy) -
 
 def _request_rest(url: str, received: _Received, timeout: float) -> None:
     """Make one request for the bytes that are missing and append what arrives."""
-    headers = {"Accept-Encoding": "identity"}
-    if received.n_bytes:
-        headers["Range"] = f"bytes={received.n_bytes}-"
-        if received.etag:
-            headers["If-Range"] = received.etag
+    headers: dict[str, str | None] = {"Accept-Encoding": "identity"}
+    if received.n_bytes:  # requests leaves out a header that is None.
+        headers |= {"Range": f"bytes={received.n_bytes}-", "If-Range": received.etag or None}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         total = _check_answer(url, response, received)
         etag = response.headers.get("ETag", "")
@@ -215,7 +187,10 @@ def _request_rest(url: str, received: _Received, timeout: float) -> None:
             received.bar.total = received.n_bytes + length
         # read1 hands over each piece as it arrives; read and iter_content drop one when cut off.
         while piece := response.raw.read1(PIECE_BYTES, decode_content=False):
-            received.append(piece)
+            received.file.write(piece)
+            received.digest.update(piece)
+            received.n_bytes += len(piece)
+            received.bar.update(len(piece))
     if received.n_bytes < total:
         raise ConnectionError(f"{url} sent {received.n_bytes} of {total} bytes")
 
@@ -229,15 +204,18 @@ def _check_answer(url: str, response: requests.Response, received: _Received) ->
         raise FmaNbError(f"{url} is a web page, perhaps your network's login: {way_out} log in.")
     if status == 206:
         content_range = response.headers.get("Content-Range", "")
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
-        if match is None or int(match[1]) != start:
+        match = re.fullmatch(rf"bytes {start}-\d+/(?:(\d+)|\*)", content_range)
+        if match is None:
             raise FmaNbError(
                 f"{url} was asked for the bytes from {start} on and sent {content_range!r}: "
                 f"{way_out} delete {received.file.name} to start over."
             )
-        return 0 if match[2] == "*" else int(match[2])
+        return int(match[1] or 0)
     if status in (200, 416) and start:
-        received.clear()  # The server has no ranges, another version, or fewer bytes than we do.
+        # The server has no ranges, another version, or fewer bytes than we do.
+        received.file.truncate(0)
+        received.digest, received.n_bytes, received.etag = _sha1(), 0, ""
+        received.bar.start_at(0)
     if status in (416, 429) or status >= 500:
         raise ConnectionError(answer)
     if status != 200:
@@ -315,12 +293,12 @@ def _extract_member(archive: ZipFile, lock: threading.Lock, folder: Path, member
             finally:
                 with lock:
                     source.close()
+            if (n_bytes := temporary.stat().st_size) != member.file_size:
+                raise BadZipFile(f"{n_bytes} bytes")
         except (EOFError, OSError, RuntimeError, zlib.error, BadZipFile) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # A full disk, say; bz2's "Invalid data stream" has no number.
             raise BadZipFile(f"member {member.filename}: {error}") from error
-        if (n_bytes := temporary.stat().st_size) != member.file_size:
-            raise BadZipFile(f"member {member.filename}: {n_bytes} bytes")
     return n_bytes
 
 
@@ -358,7 +336,7 @@ def _read_checksums(path: Path) -> dict[str, str]:
     return checksums
 
 
-def _hash_file(path: Path, *, visible: bool = True) -> hashlib._Hash:
+def _hash_file(path: Path, *, visible: bool = True) -> "hashlib._Hash":
     digest, n_bytes = _sha1(), path.stat().st_size
     with path.open("rb") as file, Progress(n_bytes, f"checking {path.name}", "B", visible=visible) as bar:
         while piece := file.read(PIECE_BYTES):
