@@ -70,8 +70,8 @@ def download(
     """Bring one of `ARCHIVES` to ``data/raw/`` and return its unpacked folder.
 
     ``<name>.zip`` comes from the folder at ``base_url``, or is the copy at ``archive_path``, which is checked
-    and left alone. Call it again after an `FmaNbError`: it goes on where it stopped. Once all is done it does
-    nothing; delete ``data/raw/<name>.json`` to have every file checked again.
+    and left alone. After any failure, an `FmaNbError`, call it again: it goes on where it stopped. Once all
+    is done it does nothing; delete ``data/raw/<name>.json`` to have every file checked again.
     """
     raw = data_dir() / "raw"
     zip_path, folder, record = (raw / f"{archive.name}{end}" for end in (".zip", "", ".json"))
@@ -115,10 +115,9 @@ def _check_free_space(folder: Path, n_bytes: int, what: str) -> None:
 
 
 def fetch(url: str, path: Path, sha1: str, policy: RetryPolicy) -> None:
-    """Download ``url`` to ``path``, going on from ``<path>.part`` where the server has HTTP ranges.
+    """Download ``url`` to ``path``, which appears once its SHA-1 is right; go on from ``<path>.part``.
 
-    ``path`` appears once its SHA-1 is right. A failure of the server is an `FmaNbError`, one of the disk an
-    `OSError`.
+    A failure of the server is an `FmaNbError`, one of the disk an `OSError`.
     """
     part = path.with_name(f"{path.name}.part")
     if path.exists():
@@ -303,10 +302,7 @@ def _extract_member(archive: ZipFile, lock: threading.Lock, folder: Path, member
 
 
 def verify_checksums(folder: Path) -> None:
-    """Raise `FmaNbError` unless every file that ``<folder>/checksums`` names is there with its SHA-1.
-
-    Files that differ are removed, so that `extract` makes them anew.
-    """
+    """Raise `FmaNbError` unless all that ``<folder>/checksums`` names is right; remove files that differ."""
     bad, checksums = [], _read_checksums(folder / "checksums")
     with Progress(len(checksums), f"checking {folder.name}", "file") as bar:
         for name, sha1 in checksums.items():
