@@ -118,15 +118,18 @@ def test_a_wheel_has_the_version_of_the_package(wheel: Path) -> None:
     assert wheel.name.startswith(f"fma_nb-{__version__}-")
 
 
-def test_a_wheel_holds_every_module_the_weights_and_the_templates(wheel: Path) -> None:
+def test_a_wheel_holds_every_module_the_music_the_weights_and_the_templates(wheel: Path) -> None:
     package = project_root() / "fma_nb"
-    wanted = [*package.rglob("*.py"), *package.rglob("*.j2"), *(package / "weights").iterdir()]
+    endings = (".py", ".toml", ".j2")
+    wanted = [path for path in package.rglob("*") if path.suffix in endings]
+    wanted += (package / "weights").iterdir()
     names = {path.relative_to(project_root()).as_posix() for path in wanted}
     assert {
         "fma_nb/weights/crnn.pt",
         "fma_nb/commands/report.html.j2",
         "fma_nb/commands/notebook.html.j2",
         "fma_nb/commands/style.css.j2",
+        "fma_nb/raw/genres.toml",
     } <= names
     with zipfile.ZipFile(wheel) as file:
         assert {name for name in file.namelist() if name.startswith("fma_nb/")} == names

@@ -20,12 +20,12 @@ import soundfile as sf
 from fma_nb import metadata
 from fma_nb.audio import UnreadableClipError, load_clip, probe
 from fma_nb.project import FmaNbError, audio_dir, clip_path, metadata_dir, spectrogram_dir
+from fma_nb.raw.clips import BIT_RATES, SAMPLE_RATES, MiniConfig, encode_mp3, plan_tracks
 from fma_nb.raw.instruments import INSTRUMENTS, Setting, draw_timbre
 from fma_nb.raw.mini import GENERATOR_VERSION, make_fma_mini
-from fma_nb.raw.mp3 import encode_mp3
-from fma_nb.raw.plan import BIT_RATES, SAMPLE_RATES, MiniConfig, plan_tracks
-from fma_nb.raw.score import GENRES, PLAYERS, STEPS_PER_BAR, synthesize_track
-from fma_nb.raw.tables import GENRE_IDS
+from fma_nb.raw.score import GENRES, GROOVES, PLAYERS, STEPS_PER_BAR, synthesize_track
+
+GENRE_IDS = {name: genre.fma_id for name, genre in GENRES.items()}
 
 TINY = MiniConfig(artists_per_genre=3, tracks_per_artist=1, seconds=4.0)
 
@@ -397,5 +397,5 @@ def test_every_line_has_a_player_and_whole_bars() -> None:
             assert name in PLAYERS
             assert all(form.isdigit() for form in line.forms)
             for pattern in line.patterns:
-                drums = pattern.split()[1::2] if pattern[0] in "kshot" else pattern.split("|")
-                assert {len(bar.strip()) for bar in drums} == {STEPS_PER_BAR}, pattern
+                bars = GROOVES[pattern].values() if pattern in GROOVES else pattern.split("|")
+                assert {len(bar.strip()) for bar in bars} == {STEPS_PER_BAR}, pattern

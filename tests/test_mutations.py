@@ -51,7 +51,7 @@ MISTAKES = [
     ),
     Mistake(
         "tracks instead of artists dealt to the splits",
-        "fma_nb/raw/plan.py",
+        "fma_nb/raw/clips.py",
         "kind = (split, sample_rate, bit_rate,",
         "kind = (list(n_artists)[place % 3], sample_rate, bit_rate,",
         "tests/test_mini.py::test_artists_never_cross_splits",
@@ -689,8 +689,8 @@ MISTAKES = [
     Mistake(
         "the run key looks at the flat files only",
         "fma_nb/commands/notebooks.py",
-        '.rglob("*.py")',
-        '.glob("*.py")',
+        '.rglob("*")',
+        '.glob("*")',
         "tests/test_run.py::test_an_edited_room_makes_notebooks_run_again",
     ),
     Mistake(

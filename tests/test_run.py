@@ -92,13 +92,14 @@ def key_of(copy: Path, name: str) -> str:
     return done.stdout
 
 
-def test_an_edited_room_makes_notebooks_run_again(tmp_path):
+@pytest.mark.parametrize("edited", ["runs/fit.py", "raw/genres.toml"])
+def test_an_edited_room_makes_notebooks_run_again(tmp_path, edited):
     for folder in ("fma_nb", "notebooks"):
         shutil.copytree(project_root() / folder, tmp_path / folder)
     shutil.copy(project_root() / "pyproject.toml", tmp_path)
     before = key_of(tmp_path, "03_baseline")
     assert key_of(tmp_path, "03_baseline") == before  # the key holds while nothing changes
-    with (tmp_path / "fma_nb" / "runs" / "fit.py").open("a") as file:
+    with (tmp_path / "fma_nb" / edited).open("a") as file:
         file.write("# edited\n")
     assert key_of(tmp_path, "03_baseline") != before
 

@@ -27,8 +27,8 @@ from fma_nb.bulk.pack import load_pack
 from fma_nb.bulk.spectrograms import make_spectrograms
 from fma_nb.metadata import ERRATA, artist_groups, load_index
 from fma_nb.project import FmaNbError, clip_path, metadata_dir, spectrogram_dir
+from fma_nb.raw.clips import MiniConfig
 from fma_nb.raw.mini import make_fma_mini
-from fma_nb.raw.plan import MiniConfig
 
 READ_ONLY = "setpriv", "--bounding-set=-dac_override,-dac_read_search"  # root may write everywhere
 

@@ -163,8 +163,9 @@ def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     digest = hashlib.sha256(json.dumps([parameters, device, versions()], sort_keys=True).encode())
     cells = nbformat.read(_source(name), as_version=4).cells
     digest.update(json.dumps([cell.source for cell in cells]).encode())
-    for module in sorted((project.project_root() / "fma_nb").rglob("*.py")):
-        digest.update(module.read_bytes())
+    for path in sorted((project.project_root() / "fma_nb").rglob("*")):
+        if path.suffix in (".py", ".toml"):
+            digest.update(path.read_bytes())
     digest.update(_data_state(parameters["dataset"], parameters.get("preset")).encode())
     for path in _files_read(name, parameters, run):
         digest.update(f"{path.name}".encode() + (path.read_bytes() if path.is_file() else b"missing"))

@@ -1,7 +1,7 @@
 """Synthetic instruments, drums and a room: how one note of `fma_mini` sounds.
 
-Used by `fma_nb.raw.score`, which decides what is played and when. Three classic methods make all the
-instruments: plucked strings, steady waves with few or many harmonics, and frequency modulation.
+Three classic methods make all the instruments of ``instruments.toml``: plucked strings, steady waves with
+few or many harmonics, and frequency modulation.
 
 References
 ----------
@@ -9,11 +9,11 @@ K. Karplus, A. Strong: "Digital Synthesis of Plucked-String and Drum Timbres", C
 J. Chowning: "The Synthesis of Complex Audio Spectra by Means of Frequency Modulation", JAES 1973.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -26,22 +26,16 @@ WAVETABLE_SIZE = 2048
 
 @dataclass(frozen=True)
 class Timbre:
-    """What an artist sounds like.
+    """What an artist sounds like; the first four are factors on every instrument's own values."""
 
-    ``brightness``, ``ring``, ``vibrato`` and ``drum_tuning`` are factors on every instrument's cutoffs,
-    decay times, vibrato depth and drum pitch. ``detune`` is the spread of an ensemble's voices in cents,
-    ``room_seconds`` the reverberation time (to -60 dB), ``highest_hz`` and ``noise_db`` the treble limit
-    and background noise of the recording.
-    """
-
-    brightness: float
-    ring: float
-    vibrato: float
-    drum_tuning: float
-    detune: float
-    room_seconds: float
-    highest_hz: float
-    noise_db: float
+    brightness: float  # of cutoffs
+    ring: float  # of decay times
+    vibrato: float  # of its depth
+    drum_tuning: float  # of the drums' pitch
+    detune: float  # of an ensemble's voices, in cents
+    room_seconds: float  # reverberation time (to -60 dB)
+    highest_hz: float  # treble limit of the recording
+    noise_db: float  # its background noise
 
 
 def draw_timbre(rng: np.random.Generator) -> Timbre:
@@ -64,6 +58,7 @@ class Setting:
 
 
 Instrument = Callable[[Hertz, float, Setting], Samples]  # pitches in Hz, length in s
+Drum = Callable[[Setting], Samples]
 
 
 def plucked_string(
@@ -100,7 +95,7 @@ def plucked_string(
 
 def wave(
     hertz: Hertz, seconds: float, setting: Setting, *,
-    tilt: float = 1.0, cutoff_hz: float = 3000.0, formants_hz: tuple[float, ...] = (), voices: int = 1,
+    tilt: float = 1.0, cutoff_hz: float = 3000.0, formants_hz: Sequence[float] = (), voices: int = 1,
     attack: float = 0.02, release: float = 0.08, decay: float | None = None,
     vibrato: float = 0.0, breath: float = 0.0,
 ) -> Samples:  # fmt: skip
@@ -127,7 +122,7 @@ def wave(
 
 
 def _wavetable(
-    frequency: float, sample_rate: int, tilt: float, cutoff_hz: float, formants_hz: tuple[float, ...]
+    frequency: float, sample_rate: int, tilt: float, cutoff_hz: float, formants_hz: Sequence[float]
 ) -> Samples:
     """Return one period of a wave without aliases [shape=(WAVETABLE_SIZE,)]; all have the same RMS."""
     n_harmonics = min(int(0.45 * sample_rate / frequency), WAVETABLE_SIZE // 2 - 1)
@@ -169,75 +164,19 @@ def noise_swell(hertz: Hertz, seconds: float, setting: Setting) -> Samples:
     return _fade(band * swell, setting.sample_rate, 0.01, 0.02)
 
 
-INSTRUMENTS: dict[str, Instrument] = {
-    "nylon guitar": partial(plucked_string, ring=2.0, damping=1.6, softness=0.9),
-    "steel guitar": partial(plucked_string, ring=2.5, damping=0.7, softness=0.5),
-    "long lute": partial(plucked_string, ring=3.0, damping=0.35, softness=0.1, drive=1.5),
-    "piano": partial(plucked_string, ring=4.0, damping=0.5, softness=1.4),
-    "fingered bass": partial(plucked_string, ring=3.0, damping=2.0, softness=1.3),
-    "distorted guitar": partial(plucked_string, ring=2.5, damping=0.3, softness=0.6, drive=9.0),
-    "electric piano": partial(fm_tone, ratio=1.0, index=1.2, decay=1.0),
-    "bells": partial(fm_tone, ratio=3.51, index=1.6, decay=1.2),
-    "mallets": partial(fm_tone, ratio=4.0, index=0.7, decay=0.3),
-    "flute": partial(wave, tilt=2.2, vibrato=0.25, attack=0.07, breath=0.03),
-    "reed": partial(wave, tilt=0.8, formants_hz=(1100, 2900), vibrato=0.3, attack=0.05),
-    "voice": partial(wave, formants_hz=(650, 1150, 2800), vibrato=0.35, attack=0.06),
-    "strings": partial(wave, voices=3, cutoff_hz=2200, attack=0.35, release=0.4, vibrato=0.15),
-    "warm pad": partial(wave, voices=3, cutoff_hz=1100, attack=0.5, release=0.5),
-    "organ": partial(wave, tilt=1.4, cutoff_hz=2500, vibrato=0.1),
-    "saw lead": partial(wave, voices=2, cutoff_hz=4500, attack=0.01),
-    "saw stabs": partial(wave, voices=3, cutoff_hz=5000, attack=0.005, decay=0.35),
-    "synth pluck": partial(wave, voices=2, cutoff_hz=3500, attack=0.003, decay=0.22),
-    "synth bass": partial(wave, cutoff_hz=900, attack=0.005, decay=0.5),
-    "sub bass": partial(wave, tilt=2.5, cutoff_hz=300, attack=0.01),
-    "noise swell": noise_swell,
-}
-
-
-@dataclass(frozen=True)
-class Drum:
-    """A sine that falls to its pitch, plus high-passed noise; times in s, frequencies in Hz."""
-
-    hertz: float
-    fall: float
-    decay: float
-    noise: float
-    noise_hz: float
-    noise_decay: float
-
-
-# k: kick, s: snare, h: closed hat, o: open hat, t: tom. Hand drums: low, high, shaker, slap, tap.
-# fmt: off
-DRUM_KITS = {
-    "drum machine": {
-        "k": Drum(50, 5.0, 0.25, 0.05, 3000, 0.01), "s": Drum(185, 1.5, 0.05, 0.60, 1500, 0.12),
-        "h": Drum(0, 1.0, 0.01, 0.22, 8000, 0.03), "o": Drum(0, 1.0, 0.01, 0.22, 7000, 0.18),
-        "t": Drum(120, 2.0, 0.20, 0.05, 1000, 0.05),
-    },
-    "drum set": {
-        "k": Drum(62, 3.0, 0.14, 0.12, 1500, 0.02), "s": Drum(210, 1.3, 0.09, 0.50, 900, 0.17),
-        "h": Drum(0, 1.0, 0.01, 0.20, 6500, 0.05), "o": Drum(0, 1.0, 0.01, 0.35, 4000, 0.60),
-        "t": Drum(105, 1.6, 0.25, 0.10, 500, 0.06),
-    },
-    "hand drums": {
-        "k": Drum(85, 1.4, 0.22, 0.08, 700, 0.02), "s": Drum(240, 1.3, 0.10, 0.25, 1800, 0.03),
-        "h": Drum(0, 1.0, 0.01, 0.15, 5000, 0.04), "o": Drum(330, 1.1, 0.16, 0.06, 3000, 0.02),
-        "t": Drum(150, 1.5, 0.25, 0.05, 700, 0.03),
-    },
-}
-# fmt: on
-
-
-def drum_hit(drum: Drum, setting: Setting) -> Samples:
-    """Strike a drum once [shape=(n_samples,)]."""
+def drum_hit(
+    setting: Setting, *,
+    hertz: float, fall: float, decay: float, noise: float, noise_hz: float, noise_decay: float,
+) -> Samples:  # fmt: skip
+    """Strike a drum once: a sine that falls to its pitch, and noise above ``noise_hz``."""
     sample_rate, timbre = setting.sample_rate, setting.timbre
-    time = np.arange(int(5 * max(drum.decay, drum.noise_decay) * sample_rate)) / sample_rate
-    noise = setting.rng.standard_normal(time.size, np.float32)
-    noise = filter_band(noise, "highpass", drum.noise_hz * min(timbre.brightness, 1.2), sample_rate)
-    hit = drum.noise * noise * np.exp(-time / drum.noise_decay)
-    if drum.hertz:
-        pitch = drum.hertz * timbre.drum_tuning * (1 + (drum.fall - 1) * np.exp(-time / 0.02))
-        hit += np.sin(2 * np.pi * np.cumsum(pitch) / sample_rate) * np.exp(-time / drum.decay)
+    time = np.arange(int(5 * max(decay, noise_decay) * sample_rate)) / sample_rate
+    hiss = setting.rng.standard_normal(time.size, np.float32)
+    hiss = filter_band(hiss, "highpass", noise_hz * min(timbre.brightness, 1.2), sample_rate)
+    hit = noise * hiss * np.exp(-time / noise_decay)
+    if hertz:
+        pitch = hertz * timbre.drum_tuning * (1 + (fall - 1) * np.exp(-time / 0.02))
+        hit += np.sin(2 * np.pi * np.cumsum(pitch) / sample_rate) * np.exp(-time / decay)
     return _fade(hit, sample_rate, 0.0005, 0.01)
 
 
@@ -263,3 +202,16 @@ def reverb(samples: Samples, seconds: float, sample_rate: int, rng: np.random.Ge
     room = rng.standard_normal((2, time.size), np.float32) * np.exp(-6.9 * time / seconds)
     room = filter_band(room / np.linalg.norm(room, axis=1, keepdims=True), "lowpass", 5000, sample_rate)
     return signal.oaconvolve(samples[None], room, axes=1)[:, : samples.size]
+
+
+_SETTINGS = tomllib.loads(Path(__file__).with_name("instruments.toml").read_text(encoding="utf-8"))
+_METHODS: tuple[Callable[..., Samples], ...] = (plucked_string, fm_tone, wave, noise_swell)
+INSTRUMENTS: dict[str, Instrument] = {
+    name: partial(method, **setting)
+    for method in _METHODS
+    for name, setting in _SETTINGS[method.__name__].items()
+}
+DRUM_KITS: dict[str, dict[str, Drum]] = {
+    kit: {letter: partial(drum_hit, **setting) for letter, setting in drums.items()}
+    for kit, drums in _SETTINGS["drum_kits"].items()
+}

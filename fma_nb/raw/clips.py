@@ -1,18 +1,21 @@
-"""What the synthetic set consists of: which tracks, by whom, in which split, in which kind of file."""
+"""The clips of the synthetic set: by whom, in which split, and how one becomes an MP3 file."""
 
-from __future__ import annotations
-
+import struct
 from dataclasses import dataclass
 
+import lameenc
 import numpy as np
 
-from fma_nb.project import FmaNbError
-from fma_nb.raw.score import GENRES
+from fma_nb.project import FmaNbError, atomic_path, clip_path
+from fma_nb.raw.instruments import Samples
+from fma_nb.raw.score import GENRES, synthesize_track
 
 DATASET = "fma_mini"
 SAMPLE_RATES = {44_100: 0.90, 48_000: 0.06, 22_050: 0.04}  # Hz -> share of the tracks
 BIT_RATES = {96_000: 0.5, 128_000: 0.35, 160_000: 0.15}  # bit/s -> share; half of what is usual in FMA
 MONO_SHARE = 0.12
+LAME_QUALITY = 7  # the fastest
+KEPT_BYTES = {"": None, "truncated": 900, "empty": 0}  # by the planned damage
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,6 @@ class MiniConfig:
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        """Refuse what no dataset can be made of."""
         limits = {"seed": 0, "artists_per_genre": 3, "tracks_per_artist": 1, "seconds": 1}
         for name, smallest in limits.items():
             if getattr(self, name) < smallest:
@@ -91,3 +93,42 @@ def _tracks_of_artists(n_artists: int, config: MiniConfig, rng: np.random.Genera
         n_tracks[0] += 1
         n_tracks[-1] -= 1
     return n_tracks.tolist()
+
+
+def write_clip(track: PlannedTrack, config: MiniConfig) -> None:
+    """Synthesize a track, damage it if that is planned, and write its MP3."""
+    samples = synthesize_track(
+        track.genre, track.artist, track.track, config.seed, config.seconds, track.sample_rate
+    )
+    if track.n_channels == 1:
+        samples = samples.mean(axis=1, keepdims=True)
+    mp3 = encode_mp3(samples, track.sample_rate, track.bit_rate)
+    with atomic_path(clip_path(DATASET, track.track_id)) as temporary:
+        temporary.write_bytes(mp3[: KEPT_BYTES[track.damage]])
+
+
+def encode_mp3(samples: Samples, sample_rate: int, bit_rate: int) -> bytes:
+    """Encode ``samples`` [shape=(n_samples, n_channels)] as MP3 of constant ``bit_rate`` in bit/s.
+
+    The first frame is an Info header, so that the length is known and not guessed from the file's size.
+    """
+    encoder = lameenc.Encoder()
+    encoder.silence()
+    encoder.set_in_sample_rate(sample_rate)
+    encoder.set_out_sample_rate(sample_rate)
+    encoder.set_channels(samples.shape[1])
+    encoder.set_bit_rate(bit_rate // 1000)
+    encoder.set_quality(LAME_QUALITY)
+    pcm = np.round(32_767 * samples.clip(-1, 1)).astype("<i2")
+    frames = bytes(encoder.encode(pcm.tobytes()) + encoder.flush())
+    return _info_frame(frames, sample_rate, bit_rate) + frames
+
+
+def _info_frame(frames: bytes, sample_rate: int, bit_rate: int) -> bytes:
+    """Make the frame without sound that tells how many frames and bytes the file has."""
+    is_mpeg1, is_mono = sample_rate >= 32_000, frames[3] >> 6 == 3
+    frame_bytes = (144 if is_mpeg1 else 72) * bit_rate / sample_rate
+    header = frames[:2] + bytes([frames[2] & ~2]) + frames[3:4]  # that of the first frame, without padding
+    side_information = bytes((17 if is_mono else 32) if is_mpeg1 else (9 if is_mono else 17))
+    counts = struct.pack(">III", 3, round(len(frames) / frame_bytes), len(frames) + int(frame_bytes))
+    return (header + side_information + b"Info" + counts).ljust(int(frame_bytes), b"\0")
