@@ -8,8 +8,6 @@ WebM are not read: ``ffmpeg -i song.m4a song.wav`` converts them. A damaged clip
 where three quarters of the length in its header decode.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,10 +40,7 @@ class ClipInfo:
 def probe(path: Path) -> ClipInfo:
     """Read a clip's sample rate (Hz), channels and duration (s); decode it only where no header has that.
 
-    Raises
-    ------
-    UnreadableClipError
-        When the file is missing, empty or holds no audio that libsndfile knows.
+    Raises `UnreadableClipError` when the file is missing, empty or holds no audio that libsndfile knows.
     """
     with open_audio(path) as audio:
         n_frames = audio.promised if audio.promised is not None else audio.skip(ENDLESS)
@@ -68,10 +63,8 @@ def load_clip(
         Any audio file that libsndfile decodes: MP3, OGG, FLAC, WAV.
     sample_rate
         The rate to resample to in Hz; ``None`` keeps the file's own.
-    offset
-        Where to begin, in s.
-    seconds
-        How much to read at most. A longer file, however long, costs no more memory than this.
+    offset, seconds
+        Where to begin, and how much to read at most. However long a file is, it costs no more memory.
     min_seconds
         The shortest excerpt that is still worth classifying; 0 takes whatever is left of a broken file.
 
@@ -110,12 +103,8 @@ def load_windows(
 
     Every window is ``seconds`` long: the last one reaches back over the one before, and a file that is
     shorter than one window is repeated. Windows without usable sound, and a rest of less than 5 s, are left
-    out. Memory does not grow with the file.
-
-    Raises
-    ------
-    UnreadableClipError
-        When the file cannot be decoded, is shorter than 1 s, or has no usable sound in any window.
+    out. Memory does not grow with the file. Raises `UnreadableClipError` when the file cannot be decoded, is
+    shorter than 1 s, or has no usable sound in any window.
     """
     found, fault, before = False, "holds no audio", np.zeros((0, 1), dtype=np.float32)
     with open_audio(path) as audio:

@@ -8,8 +8,6 @@ D. S. Park et al.: "SpecAugment", Interspeech 2019 (masks over time and frequenc
 H. Zhang et al.: "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
 """
 
-from __future__ import annotations
-
 import random
 
 import torch
@@ -21,23 +19,15 @@ from fma_nb.dataset import to_input
 from fma_nb.recipe import Recipe
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB
 
+EQUALIZER_KNOTS = 6
+
 
 def augment(images: Tensor, labels: Tensor, recipe: Recipe, n_classes: int) -> tuple[Tensor, Tensor]:
-    """Turn a training batch of grey levels into inputs and targets, each ingredient where the recipe has it.
+    """Turn a training batch into inputs and targets, with each ingredient that the recipe has.
 
-    Parameters
-    ----------
-    images [shape=(batch, n_mels, n_frames)]
-        Grey levels.
-    labels [shape=(batch,)]
-        Their genres.
-
-    Returns
-    -------
-    inputs [shape=(batch, 1, n_mels, n_frames)]
-        The augmented spectrograms.
-    targets
-        The labels as they are; with mixup the probability of each genre [shape=(batch, n_classes)].
+    ``images`` are grey levels [shape=(batch, n_mels, n_frames)], ``labels`` their genres [shape=(batch,)].
+    Inputs are the augmented spectrograms [shape=(batch, 1, n_mels, n_frames)]. Targets are the labels as they
+    are, or with mixup the probability of each genre [shape=(batch, n_classes)].
     """
     inputs = to_input(shift_and_stretch(images, recipe))
     if recipe.gain:
@@ -84,21 +74,15 @@ def shift_and_stretch(images: Tensor, recipe: Recipe) -> Tensor:
     return images
 
 
-def random_equalizer(inputs: Tensor, spread: float, n_knots: int = 6) -> Tensor:
+def random_equalizer(inputs: Tensor, spread: float) -> Tensor:
     """Add a random curve over the mel bands to each clip's levels, as an equalizer does.
 
-    Parameters
-    ----------
-    inputs [shape=(batch, 1, n_mels, n_frames)]
-        Levels from 0 to 1. What is at the floor stays there; the loudest may exceed 1.
-    spread
-        Standard deviation of the curve at its knots, in the units of ``inputs``: 1 is 80 dB.
-    n_knots
-        Between its knots the curve is a straight line.
+    ``inputs`` are levels from 0 to 1 [shape=(batch, 1, n_mels, n_frames)]. What is at the floor stays there;
+    the loudest may exceed 1. The curve is made of straight lines between knots; ``spread`` is its standard
+    deviation there, in the units of ``inputs``: 1 is 80 dB.
     """
-    n_mels = inputs.shape[2]
-    knots = spread * torch.randn(len(inputs), n_knots, device=inputs.device)
-    place = torch.linspace(0, n_knots - 1, n_mels, device=inputs.device)
-    left = place.long().clamp(max=n_knots - 2)
+    knots = spread * torch.randn(len(inputs), EQUALIZER_KNOTS, device=inputs.device)
+    place = torch.linspace(0, EQUALIZER_KNOTS - 1, inputs.shape[2], device=inputs.device)
+    left = place.long().clamp(max=EQUALIZER_KNOTS - 2)
     curve = torch.lerp(knots[:, left], knots[:, left + 1], place - left)
     return torch.where(inputs > 0, inputs + curve[:, None, :, None], 0).clamp_(min=0)

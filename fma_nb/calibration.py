@@ -5,8 +5,6 @@ References
 C. Guo et al.: "On Calibration of Modern Neural Networks", ICML 2017 (temperature scaling).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,9 @@ Probabilities = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
 
-def answers(metrics: Metrics, split: str, seed_index: int = 0) -> tuple[Probabilities, Labels]:
+def probabilities_and_labels(
+    metrics: Metrics, split: str, seed_index: int = 0
+) -> tuple[Probabilities, Labels]:
     """Return one seed's probabilities [shape=(n_clips, n_classes)] and the labels [shape=(n_clips,)]."""
     found: dict[str, Any] = metrics["seeds"][seed_index][split]["probabilities"]
     labels = [metrics["genres"].index(metrics["labels"][split][track_id]) for track_id in found]
@@ -52,13 +52,9 @@ def apply_temperature(probabilities: Probabilities, temperature: float) -> Proba
 
 
 def reliability(probabilities: Probabilities, labels: Labels, n_bins: int = 5) -> pd.DataFrame:
-    """Sort clips into bins by the probability of the answer given.
+    """Sort clips into bins by the probability of the answer given; return a row a bin that is not empty.
 
-    Returns
-    -------
-    table
-        ``confidence, accuracy, clips``: the mean probability and the share of right answers of every
-        bin that is not empty.
+    The columns are ``confidence, accuracy, clips``: mean probability, share of right answers, their number.
     """
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)

@@ -5,8 +5,6 @@ that a batch is one gather instead of a hundred file reads. `fma_nb.bulk.pack` b
 whole pack lives in device memory and batches never leave it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,56 +28,34 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of one split.
+    """The clips of one split: images [shape=(n_clips, n_mels, n_frames)], the rest [shape=(n_clips,)]."""
 
-    Attributes
-    ----------
-    images
-        Grey levels, highest band on top, uint8 [shape=(n_clips, n_mels, n_frames)], memory-mapped.
-    labels
-        Index into the pack's genres [shape=(n_clips,)].
-    track_ids
-        FMA's track ids [shape=(n_clips,)].
-    artists
-        The clips' artists, from `fma_nb.metadata.artist_groups` [shape=(n_clips,)].
-    """
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-    track_ids: npt.NDArray[np.int64]
-    artists: npt.NDArray[np.int64]
+    images: npt.NDArray[np.uint8]  # grey levels, highest band on top, memory-mapped
+    labels: npt.NDArray[np.int64]  # index into the pack's genres
+    track_ids: npt.NDArray[np.int64]  # FMA's
+    artists: npt.NDArray[np.int64]  # from `fma_nb.metadata.artist_groups`
 
     def __len__(self) -> int:
-        """Return the number of clips."""
         return len(self.labels)
 
-    def take(self, chosen: npt.NDArray[Any] | slice) -> Split:
+    def take(self, chosen: npt.NDArray[Any] | slice) -> "Split":
         """Return the clips of an index: a slice, places or a mask."""
         return Split(self.images[chosen], self.labels[chosen], self.track_ids[chosen], self.artists[chosen])
 
 
 @dataclass(frozen=True)
 class Pack:
-    """The spectrograms of a dataset, ready for training.
+    """The spectrograms of a dataset, made by a preset and ready for training.
 
-    Attributes
-    ----------
-    dataset, preset
-        What it was made from.
-    genres
-        The class names in the order of the labels: alphabetical, always.
-    fingerprint
-        SHA-256 over every pixel, track id and label of train and val: two runs with the same one were
-        trained and chosen on the same data. A test split that is added later changes nothing in them.
-    splits
-        `Split` by name; only those whose folder exists.
+    Its fingerprint is the SHA-256 over every pixel, track id and label of train and val: two runs with the
+    same one were trained and chosen on the same data. A test split that is added later does not change it.
     """
 
     dataset: str
     preset: str
-    genres: tuple[str, ...]
+    genres: tuple[str, ...]  # the class names in the order of the labels: alphabetical, always
     fingerprint: str
-    splits: dict[str, Split]
+    splits: dict[str, Split]  # by name; only those whose folder exists
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -129,11 +105,9 @@ class SpectrogramDataset(Dataset[Batch]):
         self.labels = torch.from_numpy(split.labels).to(device)
 
     def __len__(self) -> int:
-        """Return the number of clips."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Batch:
-        """Return one clip's image and label."""
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:

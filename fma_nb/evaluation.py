@@ -11,8 +11,6 @@ T. G. Dietterich: "Approximate Statistical Tests for Comparing Supervised Classi
 Algorithms", Neural Computation 1998 (why McNemar's test).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +34,7 @@ Floats = npt.NDArray[np.float64]
 #    "seeds": [{"seed": 0, "seconds": 61.2, "val": the result of `evaluate_split`}, ...]}
 Metrics = dict[str, Any]
 
+N_RESAMPLES = 5000
 EVALUATION_SPLITS = ("val", "test")
 SCORES = {"accuracy": "accuracy", "artist-balanced": "artist_balanced_accuracy", "macro-F1": "macro_f1"}
 
@@ -156,11 +155,7 @@ class Estimate:
 
 
 def bootstrap_accuracy(
-    correct: pd.DataFrame,
-    artists: Sequence[int],
-    genres: Sequence[str] | None = None,
-    *,
-    n_resamples: int = 5000,
+    correct: pd.DataFrame, artists: Sequence[int], genres: Sequence[str] | None = None
 ) -> Estimate:
     """Estimate accuracy with a percentile bootstrap over seeds and artists.
 
@@ -174,7 +169,7 @@ def bootstrap_accuracy(
         With them it is the artist-balanced accuracy: artists count equally within a genre, genres equally.
     """
     rng = np.random.default_rng(0)
-    drawn = _draw(len(set(artists)), n_resamples, rng)
+    drawn = _draw(len(set(artists)), N_RESAMPLES, rng)
     resampled = _seeds_drawn(_accuracies(correct, artists, genres, drawn), rng)
     return _estimate(_accuracy(correct, artists, genres), resampled)
 
@@ -186,30 +181,18 @@ def paired_difference(
     genres: Sequence[str] | None = None,
     *,
     same_networks: bool = False,
-    n_resamples: int = 5000,
 ) -> Estimate:
-    """Estimate how much more accurate one model is than another on the same tracks.
+    """Estimate how much more accurate one model is than another on the same tracks, see `bootstrap_accuracy`.
 
-    Each resample draws artists, the same for both models, and seeds.
-
-    Parameters
-    ----------
-    correct, baseline [shape=(n_seeds, n_tracks)]
-        From `correct_matrix`: the model in question, and the one to compare it with.
-    artists, genres [shape=(n_tracks,)]
-        As in `bootstrap_accuracy`.
-    same_networks
-        Row i of both is the same trained network under two conditions: seeds are drawn for both at once.
-
-    Raises
-    ------
-    FmaNbError
-        When the two were not evaluated on the same tracks.
+    ``correct`` is the model in question, ``baseline`` the one to compare it with [shape=(n_seeds, n_tracks)].
+    Each resample draws artists, the same for both models, and seeds. With ``same_networks`` row i of both is
+    the same trained network under two conditions: seeds are drawn for both at once. Raises `FmaNbError` when
+    the two were not evaluated on the same tracks.
     """
     if list(correct.columns) != list(baseline.columns):
         raise FmaNbError("a paired comparison needs predictions for the same tracks, in one order.")
     rng = np.random.default_rng(0)
-    drawn = _draw(len(set(artists)), n_resamples, rng)
+    drawn = _draw(len(set(artists)), N_RESAMPLES, rng)
     ours, theirs = (_accuracies(matrix, artists, genres, drawn) for matrix in (correct, baseline))
     if same_networks:
         resampled = _seeds_drawn(ours - theirs, rng)

@@ -8,8 +8,6 @@ References
 M. Defferrard, K. Benzi, P. Vandergheynst, X. Bresson: "FMA: A Dataset for Music Analysis", ISMIR 2017.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,61 +60,50 @@ class Index:
 def read_tracks(path: Path) -> pd.DataFrame:
     """Read FMA's ``tracks.csv``: 52 columns under two header rows, indexed by ``track_id``.
 
-    Raises
-    ------
-    FmaNbError
-        When the file is missing, has not FMA's header or columns, or is cut off.
+    Raises `FmaNbError` when the file is missing, has not FMA's header or columns, or is cut off.
     """
     try:
         tracks = pd.read_csv(path, header=[0, 1], index_col=0, encoding="utf-8-sig", low_memory=False)
     except FileNotFoundError as error:
         raise FmaNbError(f"{path} is missing: get it with 'fma-nb download metadata'.") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, IndexError) as error:
-        raise FmaNbError(_damaged(path, str(error).splitlines()[-1])) from error
-    if not _ends_with_newline(path):
-        raise FmaNbError(_damaged(path, "its last row is cut off"))
-    if missing := [name for name in _NEEDED_COLUMNS if tuple(name.split(".")) not in tracks.columns]:
-        raise FmaNbError(_damaged(path, f"no column {', '.join(missing)} under two header rows"))
-    _check_rows(tracks, path)
+        raise _damaged(path, str(error).splitlines()[-1]) from error
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            raise _damaged(path, "its last row is cut off")
+    if fault := _first_fault(tracks):
+        raise _damaged(path, fault)
     return tracks
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
-
-
-def _check_rows(tracks: pd.DataFrame, path: Path) -> None:
+def _first_fault(tracks: pd.DataFrame) -> str | None:
+    if missing := [name for name in _NEEDED_COLUMNS if tuple(name.split(".")) not in tracks.columns]:
+        return f"no column {', '.join(missing)} under two header rows"
     if not pd.api.types.is_integer_dtype(tracks.index):
-        raise FmaNbError(_damaged(path, "a track_id is not a whole number"))
+        return "a track_id is not a whole number"
     artists = tracks["artist", "id"]
     if not pd.api.types.is_numeric_dtype(artists) or np.isinf(artists).any():
-        raise FmaNbError(_damaged(path, "an artist.id is not a number"))
+        return "an artist.id is not a number"
     if len(twice := tracks.index[tracks.index.duplicated()]):
-        raise FmaNbError(_damaged(path, f"track {twice[0]} stands in it twice"))
-    cut = tracks.index[tracks[[("set", "split"), ("set", "subset"), ("artist", "id")]].isna().any(axis=1)]
-    if len(cut):
-        raise FmaNbError(_damaged(path, f"the row of track {cut[0]} is cut off"))
+        return f"track {twice[0]} stands in it twice"
+    needed = tracks[[("set", "split"), ("set", "subset"), ("artist", "id")]]
+    if len(cut := tracks.index[needed.isna().any(axis=1)]):
+        return f"the row of track {cut[0]} is cut off"
+    return None
 
 
-def _damaged(path: Path, what: str) -> str:
-    return (
-        f"{path} is not FMA's tracks.csv or is damaged ({what}): "
-        "delete it and run 'fma-nb download metadata' again."
-    )
+def _damaged(path: Path, fault: str) -> FmaNbError:
+    way_out = "delete it and run 'fma-nb download metadata' again"
+    return FmaNbError(f"{path} is not FMA's tracks.csv or is damaged ({fault}): {way_out}.")
 
 
 def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """Select the rows of a dataset and flatten them to the index columns.
 
     The subsets are nested: ``fma_medium`` contains ``fma_small``. Tracks without a top genre, which
-    only ``fma_large`` has, are left out.
-
-    Raises
-    ------
-    FmaNbError
-        When the dataset or the name of a split is unknown, or no row belongs to the dataset.
+    only ``fma_large`` has, are left out. Raises `FmaNbError` when the dataset or the name of a split is
+    unknown, or no row belongs to the dataset.
     """
     check_dataset(dataset)
     chosen = tracks[tracks["set", "subset"].isin(_SUBSETS[dataset]) & tracks["track", "genre_top"].notna()]
@@ -137,16 +124,12 @@ def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
 def check_index(rows: pd.DataFrame, dataset: str) -> None:
     """Assert what the course relies on: known genres, full splits, no artist in two of them.
 
-    Raises
-    ------
-    FmaNbError
-        Naming the split, genre, artist or track that breaks a promise.
+    Raises `FmaNbError` that names the split, genre, artist or track that breaks a promise.
     """
     unknown = sorted(set(rows["genre"]) - set(GENRES))
     if unknown and dataset in ("fma_mini", "fma_small"):
         raise FmaNbError(f"{dataset}: genre {unknown[0]!r} is not one of {', '.join(GENRES)}.")
-    twice = rows["track_id"][rows["track_id"].duplicated()].tolist()
-    if twice:
+    if twice := rows["track_id"][rows["track_id"].duplicated()].tolist():
         raise FmaNbError(f"{dataset}: track {twice[0]} stands in the index twice.")
     _check_splits(rows, dataset)
     check_artists(rows)
@@ -154,8 +137,7 @@ def check_index(rows: pd.DataFrame, dataset: str) -> None:
 
 def _check_splits(rows: pd.DataFrame, dataset: str, note: str = "") -> None:
     for split in SPLITS:
-        absent = sorted(set(rows["genre"]) - set(rows["genre"][rows["split"] == split]))
-        if absent:
+        if absent := sorted(set(rows["genre"]) - set(rows["genre"][rows["split"] == split])):
             raise FmaNbError(f"{dataset}: split {split!r} has no track of genre {absent[0]!r}{note}.")
 
 
@@ -176,12 +158,8 @@ def load_index(dataset: str, *, partial: bool = False) -> Index:
 
     FMA's known broken clips are dropped by id, missing and empty files by name. Clips that turn out
     to be undecodable are listed by the spectrogram stage, which decodes every one. With ``partial`` a
-    split may lack a genre.
-
-    Raises
-    ------
-    FmaNbError
-        When the dataset is not there, its metadata is damaged or a promise of `check_index` is broken.
+    split may lack a genre. Raises `FmaNbError` when the dataset is not there, its metadata is damaged or
+    a promise of `check_index` is broken.
     """
     check_dataset(dataset)
     tracks_csv = metadata_dir(dataset) / "tracks.csv"
@@ -241,9 +219,7 @@ def artist_groups(dataset: str, track_ids: Sequence[int]) -> list[int]:
     if not artists_known(dataset):
         return own
     artists = read_tracks(metadata_dir(dataset) / "tracks.csv")["artist", "id"]
-    groups = [int(artists.get(track_id, alone)) for track_id, alone in zip(track_ids, own, strict=True)]
-    if unknown := len(set(groups) & set(own)):
-        print(
-            f"{unknown:,} of {len(groups):,} tracks are not in {dataset}'s metadata: each is its own artist."
-        )
+    groups = [int(artist) for artist in map(artists.get, track_ids, own)]
+    if alone := len(set(groups) & set(own)):
+        print(f"{alone:,} of {len(groups):,} tracks are not in {dataset}'s metadata: each is its own artist.")
     return groups

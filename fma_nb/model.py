@@ -10,12 +10,11 @@ K. Choi, G. Fazekas, M. Sandler, K. Cho: "Convolutional Recurrent Neural Network
 Classification", ICASSP 2017.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,16 +48,8 @@ def time_average(x: Tensor, n_bins: int) -> Tensor:
 class BaselineCNN(nn.Module):
     """Three convolution blocks and one linear layer: the course's baseline.
 
-    Parameters
-    ----------
-    n_classes
-        Number of genres.
-    n_mels, n_frames
-        Size of the spectrograms it will see; at most 256 frames are kept, by averaging in time.
-    channels
-        Feature maps of the three blocks.
-    dropout
-        Share of activations dropped after each block.
+    It is built for spectrograms of one size, of which it keeps at most 256 frames, by averaging in time.
+    ``channels`` are the blocks' feature maps; ``dropout`` is the share of activations dropped after each.
     """
 
     def __init__(
@@ -86,8 +77,7 @@ class BaselineCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [shape=(batch, n_classes)] of ``x`` [shape=(batch, 1, n_mels, n_frames)]."""
-        x = self._fit(x)
-        x = self.features(x)  # (batch, 64, n_mels / 8, frames / 8)
+        x = self.features(self._fit(x))  # (batch, 64, n_mels / 8, frames / 8)
         return self.classifier(x.flatten(1))
 
     def _fit(self, x: Tensor) -> Tensor:
@@ -132,10 +122,8 @@ class CRNN(nn.Module):
 
     Parameters
     ----------
-    n_classes
-        Number of genres.
-    n_mels
-        Number of mel bands.
+    n_classes, n_mels
+        Number of genres and of mel bands.
     recurrence
         ``gru``, ``lstm``, ``one_way`` (a GRU that reads forwards only), or ``none``, which pools the
         features directly.
@@ -172,8 +160,7 @@ class CRNN(nn.Module):
         self.band_norm = nn.BatchNorm1d(n_mels, affine=False) if band_norm else nn.Identity()
         channels = [round(width * n) for n in CHANNELS]
         blocks = [ConvBlock(1, channels[0], POOLS[0], kernel=5)]
-        for n_in, n_out, pool in zip(channels, channels[1:], POOLS[1:], strict=False):
-            blocks.append(ConvBlock(n_in, n_out, pool))
+        blocks += [ConvBlock(*sizes) for sizes in zip(channels, channels[1:], POOLS[1:], strict=False)]
         self.features = nn.Sequential(*blocks)
         n_hidden = round(width * HIDDEN)
         self.rnn = _recurrent_layer(recurrence, channels[-1], n_hidden)
@@ -225,15 +212,8 @@ MODELS = ("baseline", *CRNN_VARIANTS)
 def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options: Any) -> nn.Module:
     """Build one of `MODELS` for spectrograms of ``n_mels`` bands and ``n_frames`` frames.
 
-    Parameters
-    ----------
-    options
-        ``pooling``, ``band_norm``, ``width`` and ``dropout`` of a `CRNN`; the baseline has none.
-
-    Raises
-    ------
-    FmaNbError
-        When the name is not one of `MODELS`, or the baseline is given options.
+    Options are ``pooling``, ``band_norm``, ``width`` and ``dropout`` of a `CRNN`; the baseline has none.
+    Raises `FmaNbError` when the name is not one of `MODELS`, or the baseline is given options.
     """
     if name == "baseline" and not options:
         return BaselineCNN(n_classes, n_mels, n_frames)
@@ -246,21 +226,11 @@ def build_model(name: str, n_classes: int, n_mels: int, n_frames: int, **options
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one layer gives, and how much of the spectrogram a single number of it has seen.
+    """What one layer gives, and how much of the spectrogram a single number of it has seen."""
 
-    Attributes
-    ----------
-    name
-        The layer in words.
-    shape
-        Of its output for one clip: (channels, mel bands, frames), (steps, features) or (classes,).
-    field
-        Receptive field in (mel bands, frames) of the input; None once everything has been seen.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    field: tuple[int, int] | None
+    name: str  # in words
+    shape: tuple[int, ...]  # of one clip: (channels, mel bands, frames), (steps, features) or (classes,)
+    field: tuple[int, int] | None  # receptive field, (mel bands, frames); None once all has been seen
 
 
 def trace_layers(model: nn.Module, n_mels: int, n_frames: int) -> list[LayerTrace]:
@@ -271,23 +241,22 @@ def trace_layers(model: nn.Module, n_mels: int, n_frames: int) -> list[LayerTrac
     Networks", Distill 2019).
     """
     traces: list[LayerTrace] = []
-    field, jump = [1, 1], [1, 1]
+    field, jump = np.array([1, 1]), np.array([1, 1])
 
     def trace(layer: nn.Module, _: Any, output: Any) -> None:
         shape = tuple((output[0] if isinstance(output, tuple) else output).shape[1:])
         if not isinstance(layer, nn.Conv2d | nn.MaxPool2d):
             traces.append(LayerTrace(type(layer).__name__, shape, None))
             return
-        kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
-        for axis in (0, 1):
-            field[axis] += (kernel[axis] - 1) * jump[axis]
-            jump[axis] *= stride[axis]
+        kernel, stride = np.broadcast_to(layer.kernel_size, 2), np.broadcast_to(layer.stride, 2)
+        field[:] += (kernel - 1) * jump
+        jump[:] *= stride
         name = f"{kernel[0]} × {kernel[1]}"
         if isinstance(layer, nn.MaxPool2d):
             name = f"{traces.pop().name}, pool {name}"
-        elif stride != (1, 1):
+        elif stride.max() > 1:
             name += f", stride {stride[0]}"
-        traces.append(LayerTrace(name, shape, (field[0], field[1])))
+        traces.append(LayerTrace(name, shape, (int(field[0]), int(field[1]))))
 
     kinds = nn.Conv2d | nn.MaxPool2d | nn.RNNBase | nn.Linear
     hooks = [layer.register_forward_hook(trace) for layer in model.modules() if isinstance(layer, kinds)]
@@ -298,10 +267,6 @@ def trace_layers(model: nn.Module, n_mels: int, n_frames: int) -> list[LayerTrac
     for hook in hooks:
         hook.remove()
     return traces
-
-
-def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def count_parameters(model: nn.Module) -> int:

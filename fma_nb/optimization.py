@@ -6,8 +6,6 @@ I. Loshchilov, F. Hutter: "Decoupled Weight Decay Regularization", ICLR 2019 (Ad
 K. Jordan et al.: "Muon: An optimizer for hidden layers in neural networks", 2024.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Each function draws on an ``Axes`` it is given, labels it in units, and returns 
 stand in its docstring.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -33,6 +31,7 @@ from fma_nb.project import atomic_path, run_dir
 from fma_nb.spectrogram import Decibels, GreyImage
 
 Bands = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 
 # Okabe and Ito's palette: told apart also by colour-blind readers. Yellow is darkened for white paper.
 PALETTE = ("#0072B2", "#6A6A6A", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C9A800", "#882E72")
@@ -172,7 +171,7 @@ def reliability_plot(ax: Axes, tables: dict[str, pd.DataFrame]) -> Axes:
     return ax
 
 
-def embedding_map(ax: Axes, points: npt.NDArray[np.float64], clip_genres: Sequence[str]) -> Axes:
+def embedding_map(ax: Axes, points: Floats, clip_genres: Sequence[str]) -> Axes:
     """Draw clips as dots in the plane [shape=(n_clips, 2)], coloured by their true genre. Notebook 05."""
     (x, y), palette = points.T, _palette(sorted(set(clip_genres)))
     sns.scatterplot(
@@ -254,7 +253,7 @@ def network_diagram(ax: Axes, traces: Sequence[LayerTrace], image: Bands, genres
     return ax
 
 
-def _draw_box(ax: Axes, middle: float, share: npt.NDArray[np.float64], **style: Any) -> None:
+def _draw_box(ax: Axes, middle: float, share: Floats, **style: Any) -> None:
     """Draw a rectangle whose height and width are shares of the clip's."""
     height, width = np.minimum(share, 1) * (1, CLIP_WIDTH)
     ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, **style))
@@ -285,7 +284,7 @@ def mel_spectrogram(ax: Axes, db: Decibels, seconds: float, sample_rate: int, ti
     """Draw a mel spectrogram [shape=(n_mels, n_frames)], lowest band first, in Hz. Notebook 02."""
     _show_bands(ax, db[::-1], seconds, len(db), title, cmap=COARSE_MAGMA, interpolation="nearest")
     places, labels = _hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000))
-    ax.set_yticks([place + 0.5 for place in places], labels)  # a band's centre is in the middle of its row
+    ax.set_yticks(places + 0.5, labels)  # a band's centre is in the middle of its row
     ax.set_ylabel("frequency")
     return ax
 
@@ -298,12 +297,12 @@ def thumbnail(ax: Axes, image: GreyImage) -> Axes:
     return ax
 
 
-def _hertz_ticks(sample_rate: int, n_mels: int, hertz: Sequence[int]) -> tuple[list[float], list[str]]:
+def _hertz_ticks(sample_rate: int, n_mels: int, hertz: Sequence[int]) -> tuple[Floats, list[str]]:
     """Return where frequencies lie on an axis of mel bands, and their labels in Hz or kHz."""
     centres = librosa.mel_frequencies(n_mels + 2, fmin=0, fmax=sample_rate / 2)[1:-1]
     shown = [f for f in hertz if f <= sample_rate / 2]
     labels = [f"{f // 1000} kHz" if f >= 1000 else f"{f} Hz" for f in shown]
-    return [float(np.interp(f, centres, np.arange(n_mels))) for f in shown], labels
+    return np.interp(shown, centres, np.arange(n_mels)), labels
 
 
 def mel_profiles(ax: Axes, profiles: pd.DataFrame, sample_rate: int) -> Axes:

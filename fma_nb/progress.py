@@ -4,8 +4,6 @@ In a terminal it is tqdm's; in a notebook it is one line that is redrawn in plac
 finished; in a log it is that finished line alone.
 """
 
-from __future__ import annotations
-
 import io
 import sys
 import warnings
@@ -47,9 +45,9 @@ class Progress(tqdm):  # type: ignore[misc]  # tqdm has no types
 
             self._handle = display({"text/plain": f"{what}: starting"}, raw=True, display_id=True)
         self._in_terminal = self._handle is None and sys.stderr.isatty()
-        place = {} if self._in_terminal else {"file": io.StringIO(), "mininterval": REDRAW_S}
-        count = {"total": total, "unit": unit, "unit_scale": unit == "B", "miniters": 0}
-        super().__init__(desc=what, leave=False, disable=not visible, **count, **place)
+        where = {} if self._in_terminal else {"file": io.StringIO(), "mininterval": REDRAW_S}
+        shown = {"desc": what, "unit": unit, "unit_scale": unit == "B", "leave": False}
+        super().__init__(total=total, miniters=0, disable=not visible, **shown, **where)
 
     def start_at(self, n: int) -> None:
         """Count on from ``n`` items that were there before; called again, it starts over."""

@@ -1,11 +1,7 @@
 """Where the project keeps its files, and the one error type meant for its users.
 
-Every stage of the pipeline finds ``data/`` and ``outputs/`` through this module, so that a notebook
-opened in JupyterLab (working directory ``notebooks/``), a papermill run (the caller's directory) and
-the command line all see the same files.
+JupyterLab, papermill and the command line start in different folders and find the same files through it.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -127,12 +123,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and rename it to ``path`` when the block succeeds.
 
     A killed or failing writer leaves nothing under the final name. The temporary name starts with a
-    dot and ends in ``.tmp``, so that no reader takes it for data.
-
-    Raises
-    ------
-    FmaNbError
-        When the disk is full or not writable.
+    dot and ends in ``.tmp``, so that no reader takes it for data. Raises `FmaNbError` when the disk is
+    full or not writable.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -144,6 +136,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # it is not there, or the folder cannot be used at all
             temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:

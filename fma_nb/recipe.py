@@ -4,8 +4,6 @@ Notebook 04 says what each ingredient of the CRNN's recipe is for; `fma_nb.runs.
 them out.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,72 +42,36 @@ RANGES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides how a model is trained; each ingredient is one field.
+    """Everything that decides how a model is trained; each ingredient is one field."""
 
-    Attributes
-    ----------
-    model
-        One of `fma_nb.model.MODELS`.
-    epochs, batch_size, lr, seed
-        As usual; ``lr`` is the highest learning rate.
-    optimizer
-        ``adam``; ``adamw`` with ``weight_decay``; or ``muon``, which is `Muon` with ``filter_lr`` for the
-        convolutions' filters and AdamW for the rest.
-    warmup
-        Share of the steps over which ``lr`` rises from zero before it falls to zero as a cosine;
-        ``None`` keeps it constant.
-    label_smoothing
-        Share of the target spread over all genres.
-    time_shift
-        Shift each training clip in time, circularly, by a random number of frames.
-    crop
-        Share of each training clip's frames that is seen, from a random start; the whole clip is evaluated.
-    stretch
-        Stretch each training clip in time, or shorten it, by up to this share; the pitch stays.
-    mel_shift
-        Move each training clip up or down by up to this number of mel bands.
-    gain
-        Equalize each training clip at random: the standard deviation, in dB, of a curve over the mel bands.
-    freq_mask, time_mask
-        Longest SpecAugment mask, as a share of the mel bands and of the frames.
-    mixup
-        Alpha of mixup's Beta distribution; 0 switches it off.
-    ema
-        Decay of the exponential moving average of the weights. The averaged weights are evaluated and kept;
-        0 switches it off.
-    pooling, band_norm, width, dropout
-        Of the CRNN's architecture, see `fma_nb.model.CRNN`.
-    patience
-        Stop after this many epochs without a better validation accuracy; 0 never stops early.
-    bfloat16
-        Compute convolutions, recurrent and linear layers in bfloat16 where the processor has it in hardware;
-        the loss stays in float32.
-    """
-
-    model: str = "baseline"
+    model: str = "baseline"  # one of `fma_nb.model.MODELS`
     epochs: int = 10
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 1e-3  # the highest learning rate
     seed: int = 0
-    optimizer: str = "adam"
-    filter_lr: float = 0.012
-    weight_decay: float = 0.0
+    optimizer: str = "adam"  # or adamw, or muon: `Muon` for the convolutions' filters, AdamW for the rest
+    filter_lr: float = 0.012  # the learning rate of the filters under Muon
+    weight_decay: float = 0.0  # of the other matrices, and without Muon also of the filters
+    # Share of the steps over which lr rises from zero before it falls to zero as a cosine; None: constant.
     warmup: float | None = None
-    label_smoothing: float = 0.0
-    time_shift: bool = False
-    crop: float = 1.0
-    stretch: float = 0.0
-    mel_shift: int = 0
-    gain: float = 0.0
-    freq_mask: float = 0.0
-    time_mask: float = 0.0
-    mixup: float = 0.0
+    label_smoothing: float = 0.0  # share of the target spread over all genres
+    # Random changes of each training clip. Validation and test clips are seen whole and as they are.
+    time_shift: bool = False  # shift it in time, circularly, by any number of frames
+    crop: float = 1.0  # share of its frames that is seen, from a random start
+    stretch: float = 0.0  # stretch it in time, or shorten it, by up to this share; the pitch stays
+    mel_shift: int = 0  # move it up or down by up to this number of mel bands
+    gain: float = 0.0  # equalize it: standard deviation, in dB, of a random curve over the mel bands
+    freq_mask: float = 0.0  # longest SpecAugment mask, as a share of the mel bands
+    time_mask: float = 0.0  # the same over time, as a share of the frames
+    mixup: float = 0.0  # alpha of mixup's Beta distribution; 0 switches it off
+    # Decay of the exponential moving average of the weights, which is evaluated and kept; 0 switches it off.
     ema: float = 0.0
-    pooling: str = "mean_max"
+    pooling: str = "mean_max"  # this and the next three: the CRNN's architecture, see `fma_nb.model.CRNN`
     band_norm: bool = True
     width: float = 1.0
     dropout: float = 0.3
-    patience: int = 0
+    patience: int = 0  # stop after this many epochs without a better validation accuracy; 0 never stops
+    # Compute all layers but the loss in bfloat16, where the processor has it in hardware.
     bfloat16: bool = True
 
     def __post_init__(self) -> None:

@@ -11,8 +11,6 @@ M. Slaney: "Auditory Toolbox", 1998 (the mel scale used by librosa and here).
 B. McFee et al.: "librosa: Audio and Music Signal Analysis in Python", SciPy 2015.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import zlib
@@ -35,32 +33,19 @@ BANDS_PER_GROUP = 8
 
 Decibels = npt.NDArray[np.float32]
 GreyImage = npt.NDArray[np.uint8]
+_Filters = tuple[slice, slice, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How spectrograms are made.
+    """How spectrograms are made."""
 
-    Attributes
-    ----------
-    name
-        ``full`` or ``compact``.
-    sample_rate
-        Hz to resample to; ``None`` keeps each file's own.
-    n_fft, hop_length
-        Window length and step of the short-time Fourier transform, in samples.
-    n_mels
-        Number of mel bands.
-    n_frames
-        Keep this many frames, evenly spaced over the clip; ``None`` keeps all.
-    """
-
-    name: str
-    sample_rate: int | None
-    n_fft: int = 2048
-    hop_length: int = 512
-    n_mels: int = 128
-    n_frames: int | None = None
+    name: str  # full or compact
+    sample_rate: int | None  # Hz to resample to; None keeps each file's own
+    n_fft: int = 2048  # window length of the short-time Fourier transform, in samples
+    hop_length: int = 512  # its step, in samples
+    n_mels: int = 128  # number of mel bands
+    n_frames: int | None = None  # keep this many frames, evenly spaced over the clip; None keeps all
 
 
 PRESETS = {
@@ -81,12 +66,7 @@ def log_mel(samples: Samples, sample_rate: int, preset: Preset) -> Decibels:
 
     The reference is the clip's maximum over ALL frames, also where only some frames are kept. In a clip far
     softer than music is, the floor lies less than 80 dB below it: powers under 1e-10 count as 1e-10, as in
-    librosa.
-
-    Raises
-    ------
-    FmaNbError
-        When the samples have another rate than the preset.
+    librosa. Raises `FmaNbError` when the samples have another rate than the preset.
     """
     if preset.sample_rate not in (None, sample_rate):
         raise FmaNbError(f"sample_rate={sample_rate}: preset {preset.name!r} wants {preset.sample_rate} Hz.")
@@ -113,30 +93,24 @@ def mel_power(samples: Samples, sample_rate: int, preset: Preset) -> npt.NDArray
         block = slice(start, start + FRAMES_PER_BLOCK)
         spectrum = scipy.fft.rfft(frames[block] * window, overwrite_x=True)
         energy = spectrum.real**2 + spectrum.imag**2
-        for one in filters:
-            power[block, one.bands] = energy[:, one.bins] @ one.weights
+        for bands, bins, weights in filters:
+            power[block, bands] = energy[:, bins] @ weights
     return power.T
-
-
-@dataclass(frozen=True)
-class _Filters:
-    """Some neighbouring mel filters, and the FFT bins where they are not zero."""
-
-    bands: slice
-    bins: slice
-    weights: npt.NDArray[np.float32]
 
 
 @functools.cache
 def _window_and_filters(sample_rate: int, preset: Preset) -> tuple[npt.NDArray[np.float32], list[_Filters]]:
-    """Return the Hann window, and the mel filter bank in groups: nine tenths of it are zeros."""
+    """Return the Hann window, and the mel filter bank in groups: nine tenths of it are zeros.
+
+    A group is a few neighbouring mel bands, the FFT bins where their filters are not zero, and the weights.
+    """
     bank = mel_filter_bank(sample_rate, preset.n_fft, preset.n_mels).T
     filters = []
     for first in range(0, preset.n_mels, BANDS_PER_GROUP):
         bands = slice(first, first + BANDS_PER_GROUP)
         used = np.flatnonzero(bank[:, bands].any(axis=1))
         bins = slice(int(used.min()), int(used.max()) + 1) if len(used) else slice(0, 1)
-        filters.append(_Filters(bands, bins, np.ascontiguousarray(bank[bins, bands])))
+        filters.append((bands, bins, np.ascontiguousarray(bank[bins, bands])))
     return np.hanning(preset.n_fft + 1)[:-1].astype(np.float32), filters
 
 
@@ -189,10 +163,7 @@ def to_decibels(grey: GreyImage) -> Decibels:
 def read_png(path: Path) -> GreyImage:
     """Read a spectrogram PNG [shape=(n_mels, n_frames)]; 16-bit grey and grey saved as colour are converted.
 
-    Raises
-    ------
-    FmaNbError
-        When the file is not a picture in grey.
+    Raises `FmaNbError` when the file is not a picture in grey.
     """
     try:
         with Image.open(path) as image:
@@ -216,13 +187,7 @@ def _grey_levels(image: Image.Image) -> GreyImage | None:
 
 
 def clip_to_grey(path: Path, preset: Preset) -> GreyImage:
-    """Turn one audio file into the grey image of its log-mel spectrogram.
-
-    Raises
-    ------
-    UnreadableClipError
-        When the clip cannot be used, with the reason.
-    """
+    """Turn one audio file into the grey image of its log-mel spectrogram, or raise `UnreadableClipError`."""
     samples, sample_rate = load_clip(path, preset.sample_rate)
     return to_grey(log_mel(samples, sample_rate, preset))
 

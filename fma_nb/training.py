@@ -4,8 +4,6 @@ Notebook 03 writes the plain loop in view, notebook 04 says what each ingredient
 for. `fma_nb.runs.fit` calls this epoch by epoch, with checkpoints and an exact resume.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 from dataclasses import dataclass
@@ -29,10 +27,7 @@ from fma_nb.recipe import Recipe
 def resolve_device(name: str, gpu_memory_fraction: float = 1.0) -> torch.device:
     """Turn ``auto``, ``cpu`` or ``cuda`` into a device, and cap this process's share of GPU memory.
 
-    Raises
-    ------
-    FmaNbError
-        When the name is unknown, CUDA is asked for but absent, or the share is not in (0, 1].
+    Raises `FmaNbError` when the name is unknown, CUDA is asked for but absent, or the share is not in (0, 1].
     """
     if name not in ("auto", "cpu", "cuda"):
         raise FmaNbError(f"device={name!r} is unknown: choose auto, cpu or cuda.")
@@ -74,13 +69,6 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     torch.manual_seed(mixed)
 
 
-def bfloat16_pays(device: torch.device) -> bool:
-    """Tell whether a device multiplies bfloat16 in hardware; elsewhere it would only be slower."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 @dataclass
 class TrainingState:
     """What one epoch needs: the weights, what turns gradients into steps, and the number of genres."""
@@ -114,12 +102,7 @@ def train_one_epoch(state: TrainingState, loader: DataLoader[Batch], recipe: Rec
 
     Not comparable with `evaluate`: these are augmented clips, dropout is on, labels are smoothed, and the
     weights are those before averaging. Sums stay on the device until the end: asking for a number in every
-    step would stall a GPU.
-
-    Raises
-    ------
-    FloatingPointError
-        When the loss of a batch is infinite or not a number.
+    step would stall a GPU. Raises `FloatingPointError` when a batch's loss is infinite or not a number.
     """
     state.model.train()
     losses, hits, n_clips = [], [], 0
@@ -138,19 +121,18 @@ def train_one_epoch(state: TrainingState, loader: DataLoader[Batch], recipe: Rec
         hits.append((logits.detach().argmax(1) == labels).sum())
         n_clips += len(labels)
     epoch_losses = torch.stack(losses)
-    _check_finite(epoch_losses)
+    if len(bad := (~torch.isfinite(epoch_losses)).nonzero()):
+        raise FloatingPointError(f"batch {int(bad[0]) + 1}")
     return float(epoch_losses.sum() / n_clips), float(torch.stack(hits).sum() / n_clips)
 
 
-def _check_finite(losses: Tensor) -> None:
-    bad = (~torch.isfinite(losses)).nonzero().flatten()
-    if len(bad):
-        raise FloatingPointError(f"batch {int(bad[0]) + 1}")
-
-
 def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which convolutions run in bfloat16, where that is wanted and pays."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and bfloat16_pays(device))
+    """Return the context in which layers compute in bfloat16, where that is wanted and done in hardware."""
+    if device.type == "cuda":
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        in_hardware = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and in_hardware)
 
 
 def evaluate(model: nn.Module, loader: DataLoader[Batch], bfloat16: bool) -> tuple[float, float]:

@@ -9,7 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from fma_nb.calibration import answers, apply_temperature, calibration_error, fit_temperature, reliability
+from fma_nb.calibration import (
+    apply_temperature,
+    calibration_error,
+    fit_temperature,
+    probabilities_and_labels,
+    reliability,
+)
 from fma_nb.metadata import GENRES
 
 
@@ -144,10 +150,12 @@ def test_answers_and_labels_are_in_one_order() -> None:
         ],
     }
     for i, result in enumerate(metrics["seeds"]):
-        probabilities, labels = answers(metrics, "val", i)
+        probabilities, labels = probabilities_and_labels(metrics, "val", i)
         assert probabilities.shape == (3, 8)
         assert [GENRES[label] for label in labels] == ["Electronic", "Rock", "Folk"]
         for row, track_id in zip(probabilities, ["5", "141", "2"], strict=True):
             assert row.tolist() == result["val"]["probabilities"][track_id]
-    np.testing.assert_array_equal(answers(metrics, "val")[0], answers(metrics, "val", 0)[0])
-    assert [GENRES[label] for label in answers(metrics, "test")[1]] == ["Pop"]
+    np.testing.assert_array_equal(
+        probabilities_and_labels(metrics, "val")[0], probabilities_and_labels(metrics, "val", 0)[0]
+    )
+    assert [GENRES[label] for label in probabilities_and_labels(metrics, "test")[1]] == ["Pop"]

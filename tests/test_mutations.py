@@ -59,8 +59,8 @@ MISTAKES = [
     Mistake(
         "duplicates in the index accepted",
         "fma_nb/metadata.py",
-        'twice = rows["track_id"][rows["track_id"].duplicated()].tolist()',
-        'twice = rows["track_id"][rows.duplicated(INDEX_COLUMNS)].tolist()',
+        'twice := rows["track_id"][rows["track_id"].duplicated()].tolist()',
+        'twice := rows["track_id"][rows.duplicated(INDEX_COLUMNS)].tolist()',
         "tests/test_metadata.py::test_genres_outside_the_eight_belong_to_larger_sets",
     ),
     Mistake(
@@ -520,15 +520,15 @@ MISTAKES = [
     Mistake(
         "bootstrap over tracks instead of artists",
         "fma_nb/evaluation.py",
-        "    drawn = _draw(len(set(artists)), n_resamples, rng)\n    resampled",
-        "    artists = range(len(artists))\n    drawn = _draw(len(artists), n_resamples, rng)\n    resampled",
+        "    drawn = _draw(len(set(artists)), N_RESAMPLES, rng)\n    resampled",
+        "    artists = range(len(artists))\n    drawn = _draw(len(artists), N_RESAMPLES, rng)\n    resampled",
         "tests/test_evaluation.py::test_bootstrap_by_artist_is_wider_when_artists_agree",
     ),
     Mistake(
         "other artists drawn for each of two paired models",
         "fma_nb/evaluation.py",
         "(_accuracies(matrix, artists, genres, drawn) for",
-        "(_accuracies(matrix, artists, genres, _draw(drawn.shape[1], n_resamples, rng)) for",
+        "(_accuracies(matrix, artists, genres, _draw(drawn.shape[1], N_RESAMPLES, rng)) for",
         "tests/test_evaluation.py::test_a_model_does_not_differ_from_itself",
     ),
     Mistake(
@@ -646,8 +646,8 @@ MISTAKES = [
     Mistake(
         "temperature fitted on the test split",
         "fma_nb/commands/predict.py",
-        'fit_temperature(*answers(metrics, "val"))',
-        'fit_temperature(*answers(metrics, "test"))',
+        'fit_temperature(*probabilities_and_labels(metrics, "val"))',
+        'fit_temperature(*probabilities_and_labels(metrics, "test"))',
         "tests/test_predict.py::test_the_exported_temperature_is_fitted_on_validation",
     ),
     Mistake(

@@ -27,7 +27,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 import fma_nb
 from fma_nb.audio import UnreadableClipError, load_windows
 from fma_nb.bulk.pack import load_pack
-from fma_nb.calibration import answers
+from fma_nb.calibration import probabilities_and_labels
 from fma_nb.commands.cli import main
 from fma_nb.commands.predict import Classifier, bar_chart, load_classifier, predict
 from fma_nb.dataset import SpectrogramDataset, make_loader
@@ -627,7 +627,7 @@ def exported(run: dict[str, Any]) -> Path:
 
 def most_likely_temperature(metrics: dict[str, Any], split: str) -> float:
     """Search a fine grid for what `fma_nb.calibration.fit_temperature` minimises."""
-    probabilities, labels = answers(metrics, split)
+    probabilities, labels = probabilities_and_labels(metrics, split)
     logits = torch.from_numpy(probabilities).clamp(min=1e-6).log()
     grid = np.geomspace(0.05, 20, 2000)
     losses = [torch.nn.functional.cross_entropy(logits / t, torch.from_numpy(labels)) for t in grid]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fma_nb.audio import UnreadableClipError, load_windows
-from fma_nb.calibration import answers, fit_temperature
+from fma_nb.calibration import fit_temperature, probabilities_and_labels
 from fma_nb.dataset import to_input
 from fma_nb.project import SHIPPED_WEIGHTS, FmaNbError
 from fma_nb.runs.checkpoint import load_checkpoint, network_of, run_files, save_checkpoint
@@ -113,7 +113,7 @@ def export_weights(run: str, model: str, path: Path) -> float:
     metrics = read_metrics(run, [model])[model]
     seed = metrics["config"]["seed"]
     saved = load_checkpoint(run_files(run, model, seed, seed).best)
-    temperature = fit_temperature(*answers(metrics, "val"))
+    temperature = fit_temperature(*probabilities_and_labels(metrics, "val"))
     save_checkpoint(path, {key: saved[key] for key in SHIPPED_KEYS} | {"temperature": temperature})
     return temperature
 
