@@ -181,7 +181,7 @@ MISTAKES = [
     Mistake(
         "a stale pack used although PNGs have changed",
         "fma_nb/bulk/pack.py",
-        ' and record["state"] == _state_hash(rows)',
+        ' and record["state"] == state',
         "",
         "tests/test_pack.py::test_the_pack_follows_the_pngs",
     ),
@@ -202,8 +202,8 @@ MISTAKES = [
     Mistake(
         "shorter clips filled up with silence",
         "fma_nb/bulk/pack.py",
-        "return np.tile(image, repeats)[:, :width]",
-        "return np.pad(image, ((0, 0), (0, width - image.shape[1])))",
+        ', mode="wrap").tobytes()',
+        ").tobytes()",
         "tests/test_pack.py::test_a_shorter_clip_is_repeated",
     ),
     Mistake(

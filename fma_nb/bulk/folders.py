@@ -1,7 +1,5 @@
 """Folders that several processes write to: one at a time, and nothing half-written stays."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -4,16 +4,12 @@ The pack is a cache: it is rebuilt by itself when a PNG is added, changed or rem
 reads it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from numpy.lib.format import write_array_header_1_0
 from PIL import Image
@@ -31,27 +27,19 @@ ROW_COLUMNS = ["track_id", "split", "genre", "n_frames", "size", "mtime_ns"]
 def load_pack(dataset: str, preset: str, needed: Sequence[str] = ("train", "val")) -> Pack:
     """Open the pack of a dataset's spectrograms, building it first where it is missing or stale.
 
-    Parameters
-    ----------
-    needed
-        The splits that must be there: training needs two, evaluating a trained network only its own.
-
-    Raises
-    ------
-    FmaNbError
-        When there are no spectrograms, a split or genre has none, a PNG is unreadable, or a track
-        stands in two places.
+    The splits in ``needed`` must be there: training needs two, evaluating a trained network only its own.
+    `FmaNbError` tells of a split or genre without PNGs, a PNG that cannot be used, or a track with two.
     """
     check_dataset(dataset)
     settings = get_preset(preset)
     folder = spectrogram_dir(dataset, preset)
     rows = scan_pngs(folder)
     _check_rows(rows, folder, dataset, preset, needed)
-    pack_dir = folder / "pack"
-    if not _is_current(pack_dir, rows):  # what is complete may be somebody else's: it is not even locked
+    pack_dir, state = folder / "pack", hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
+    if not _is_current(pack_dir, state):  # what is complete may be somebody else's: it is not even locked
         with locked(pack_dir):
-            if not _is_current(pack_dir, rows):
-                _build(rows, folder, pack_dir, settings)
+            if not _is_current(pack_dir, state):
+                _build(rows, state, folder, settings)
     return open_pack(dataset, preset)
 
 
@@ -59,21 +47,17 @@ def scan_pngs(folder: Path) -> pd.DataFrame:
     """List the PNGs below a spectrogram folder: ``track_id, split, genre, size, mtime_ns``."""
     found = []
     for split in SPLITS:
-        for genre_dir in sorted((folder / split).glob("[!.]*/")):
-            for png in sorted(genre_dir.glob("[!.]*.png")):
-                if not (png.stem.isdecimal() and png.name == png_name(int(png.stem))):
-                    raise FmaNbError(f"{png}: a spectrogram is named after its track, as in 000002.png.")
-                status = _status(png)
-                found.append((int(png.stem), split, genre_dir.name, status.st_size, status.st_mtime_ns))
+        for png in sorted((folder / split).glob("[!.]*/[!.]*.png")):
+            if not (png.stem.isdecimal() and png.name == png_name(int(png.stem))):
+                raise FmaNbError(f"{png}: a spectrogram is named after its track, as in 000002.png.")
+            try:
+                status = png.stat()
+            except OSError as error:
+                is_link = png.is_symlink()
+                cause = "is a link to a file that was not fetched" if is_link else f"is {error.strerror}"
+                raise FmaNbError(f"{png} {cause}: get it (git annex get, dvc pull), or remove it.") from error
+            found.append((int(png.stem), split, png.parent.name, status.st_size, status.st_mtime_ns))
     return pd.DataFrame(found, columns=["track_id", "split", "genre", "size", "mtime_ns"])
-
-
-def _status(png: Path) -> os.stat_result:
-    try:
-        return png.stat()
-    except OSError as error:
-        cause = "is a link to a file that was not fetched" if png.is_symlink() else f"is {error.strerror}"
-        raise FmaNbError(f"{png} {cause}: get it (git annex get, dvc pull), or remove it.") from error
 
 
 def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str, needed: Sequence[str]) -> None:
@@ -93,36 +77,31 @@ def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str, nee
             raise FmaNbError(f"genre {genre!r} has no tracks in {folder / str(split)}.")
 
 
-def _state_hash(rows: pd.DataFrame) -> str:
-    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
-
-
-def _is_current(pack_dir: Path, rows: pd.DataFrame) -> bool:
-    """Tell whether a pack was made from these PNGs and its files are all there in full."""
+def _is_current(pack_dir: Path, state: str) -> bool:
+    """Tell whether a pack was made from PNGs in this state and its files are all there in full."""
     try:
         record = json.loads((pack_dir / "pack.json").read_text())
-        known = record["version"] == PACK_VERSION and record["state"] == _state_hash(rows)
-        return known and all(
-            (pack_dir / name).stat().st_size == size for name, size in record["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sizes = {name: (pack_dir / name).stat().st_size for name in record["files"]}
+        return record["version"] == PACK_VERSION and record["state"] == state and record["files"] == sizes
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, preset: Preset) -> None:
+def _build(rows: pd.DataFrame, state: str, folder: Path, preset: Preset) -> None:
     """Write the arrays and row tables, and last the record that makes them valid."""
+    pack_dir = folder / "pack"
     (pack_dir / "pack.json").unlink(missing_ok=True)
     clear_temporaries(pack_dir)
     pngs = [png_path(folder, row.split, row.genre, row.track_id) for row in rows.itertuples()]
     widths = _checked_widths(pngs, preset)
-    height, width = preset.n_mels, max(widths)
-    table = rows.assign(n_frames=widths, png=pngs)
+    shape = preset.n_mels, max(widths)
     genres, splits = sorted(set(rows["genre"])), list(rows["split"].unique())
-    digest = hashlib.sha256(json.dumps([genres, height, width]).encode())
+    digest = hashlib.sha256(json.dumps([genres, *shape]).encode())
     fingerprint = digest.hexdigest()
+    table = rows.assign(n_frames=widths, png=pngs)
     for split, group in table.groupby("split", sort=False):  # in the order of SPLITS: test comes last
         with atomic_path(pack_dir / f"{split}.npy") as temporary:
-            _write_images(temporary, group, (len(group), height, width), digest)
+            _write_images(temporary, group, (len(group), *shape), digest)
         with atomic_path(pack_dir / f"{split}.csv") as temporary:
             group[ROW_COLUMNS].to_csv(temporary, index=False)
         if split != "test":
@@ -130,7 +109,7 @@ def _build(rows: pd.DataFrame, folder: Path, pack_dir: Path, preset: Preset) -> 
     files = [f"{split}.{ending}" for split in splits for ending in ("npy", "csv")]
     record = {
         "version": PACK_VERSION,
-        "state": _state_hash(rows),
+        "state": state,
         "fingerprint": fingerprint,
         "genres": genres,
         "splits": splits,
@@ -160,13 +139,15 @@ def _checked_widths(pngs: list[Path], preset: Preset) -> list[int]:
     return widths
 
 
-def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, int, int], digest: hashlib._Hash) -> None:
+def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, ...], digest: "hashlib._Hash") -> None:
     """Write one split's array image by image, as a plain ``.npy`` file that a full disk cannot corrupt."""
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
         write_array_header_1_0(file, header)
         for row in rows.itertuples():
-            pixels = _fit_width(read_png(row.png), shape[2]).tobytes()
+            image = read_png(row.png)
+            # A shorter clip is repeated from its start: zeros would add a silence.
+            pixels = np.pad(image, ((0, 0), (0, shape[2] - image.shape[1])), mode="wrap").tobytes()
             digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
             digest.update(pixels)
             file.write(pixels)
@@ -181,9 +162,3 @@ def _header(png: Path) -> tuple[int, int, str]:
         raise FmaNbError(f"{png} cannot be read: you have no permission to read it.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FmaNbError(f"{png} is not a readable PNG: remove it and make it again.") from error
-
-
-def _fit_width(image: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
-    """Repeat a clip from its start up to ``width`` frames: zeros would add a silence."""
-    repeats = -(-width // image.shape[1])
-    return np.tile(image, repeats)[:, :width]

@@ -4,17 +4,13 @@ What happens to one clip is in `fma_nb.spectrogram`; here are the folder, the wo
 clips that had to be skipped. A PNG that exists is done, so a killed run goes on where it was.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import soundfile as sf
@@ -27,6 +23,14 @@ from fma_nb.project import SPLITS, FmaNbError, atomic_path, spectrogram_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB, Preset, get_preset, make_spectrogram, png_path
 
 MAX_UNREADABLE = 0.05
+USUAL_SETTINGS = {
+    "mel_scale": "slaney",
+    "norm": "slaney",
+    "power": 2.0,
+    "dynamic_range_db": DYNAMIC_RANGE_DB,
+    "reference": "maximum of the clip",
+    "highest_band": "top row",
+}
 
 Job = tuple[Path, Path]  # the audio file to read, and the PNG to write
 
@@ -40,22 +44,12 @@ def make_spectrograms(
     progress: bool = True,
     partial: bool = False,
 ) -> pd.DataFrame:
-    """Make the PNGs of a whole dataset that are not there yet, over all cores or as many ``workers``.
+    """Make the PNGs of a whole dataset that are not there yet; return what cannot be made.
 
-    A second run on the same folder waits for the first. Where all is done nothing is written: the folder
-    may be somebody else's. Missing MP3s are counted, and the work goes on with those that are there.
-
-    Parameters
-    ----------
-    scheduler
-        Address of a Dask scheduler whose workers do the work instead (`fma_nb.bulk.workers`).
-    partial
-        Go on where a split lacks a genre, for a first look at a download that has only begun.
-
-    Returns
-    -------
-    skipped
-        ``track_id, path, reason`` of every clip that cannot be used.
+    That is a table of ``track_id, path, reason``. All cores or as many ``workers`` do the work, or those of
+    the Dask ``scheduler`` at this address. A second run on the same folder waits for the first. Where all is
+    done nothing is written: the folder may be somebody else's. Missing MP3s are counted, and the work goes on
+    with those that are there; ``partial`` lets a split lack a genre, as while a download has only begun.
 
     Raises
     ------
@@ -66,9 +60,11 @@ def make_spectrograms(
     preset = get_preset(preset_name)
     index = load_index(dataset, partial=partial)
     folder = spectrogram_dir(dataset, preset_name)
-    if progress:
-        _tell_missing(index)
-    _check_mel_json(folder, preset)
+    n_clips, missing = len(index.tracks) + len(index.dropped), (index.dropped["reason"] == MISSING).sum()
+    if progress and missing:
+        print(f"{n_clips - missing:,} of {n_clips:,} MP3s are there.", flush=True)
+    settings = asdict(preset) | USUAL_SETTINGS
+    _check_settings(folder / "mel.json", settings)
     jobs, reasons = _to_do(index, folder)
     if jobs:
         with locked(folder):
@@ -77,85 +73,67 @@ def make_spectrograms(
                 check_writable(place)
             png_folders = [folder / split for split in SPLITS]  # another run may be writing its pack beside
             clear_temporaries(*png_folders)
-            _write_mel_json(folder, preset)
-            for job, reason in _failures(list(jobs), preset, workers, scheduler, progress):
-                reasons[jobs[job]] = reason
+            if not (folder / "mel.json").exists():
+                with atomic_path(folder / "mel.json") as temporary:
+                    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+            reasons |= _make(jobs, preset, workers, scheduler, progress)
             clear_temporaries(*png_folders)  # of workers that were killed meanwhile
-            _write_skipped(folder, index, reasons)
+            found = _with_reasons(index, reasons)
+            contents = [_content(Path(row.path), row.reason) for row in found.itertuples()]
+            with atomic_path(folder / "skipped.csv") as temporary:
+                found.assign(content=contents).to_csv(temporary, index=False)
     found = _with_reasons(index, reasons)
     skipped = pd.concat([index.dropped, found], ignore_index=True).sort_values("track_id")
-    _check_unreadable(skipped, len(index.tracks) + len(index.dropped), folder)
+    _check_unreadable(skipped, n_clips, folder)
     return skipped
 
 
-def _tell_missing(index: Index) -> None:
-    total, missing = len(index.tracks) + len(index.dropped), (index.dropped["reason"] == MISSING).sum()
-    if missing:
-        print(f"{total - missing:,} of {total:,} MP3s are there.", flush=True)
-
-
-def _to_do(index: Index, folder: Path) -> tuple[dict[Job, int], dict[int, str]]:
-    """Return the clips to make, and those to skip with the reason: an earlier run could not read them."""
-    known, jobs = _known_skips(folder, index), {}
+def _to_do(index: Index, folder: Path) -> tuple[list[Job], dict[int, str]]:
+    """Return the clips to make, and why others are skipped: an earlier run could not read the same bytes."""
+    listed = {}  # where nothing is known, all clips are tried
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        rows = pd.read_csv(folder / "skipped.csv")
+        listed = dict(zip(rows["track_id"], zip(rows["reason"], rows["content"], strict=True), strict=True))
+    jobs, reasons = [], {}
     for row in index.tracks.itertuples():
-        png = png_path(folder, row.split, row.genre, row.track_id)
-        if row.track_id not in known and not png.exists():
-            jobs[Path(row.path), png] = row.track_id
-    return jobs, known
+        audio, png = Path(row.path), png_path(folder, row.split, row.genre, row.track_id)
+        reason, content = listed.get(row.track_id, (None, None))
+        if reason is not None and _content(audio, reason) == content:
+            reasons[row.track_id] = str(reason)
+        elif not png.exists():
+            jobs.append((audio, png))
+    return jobs, reasons
 
 
-def _failures(
+def _make(
     jobs: list[Job], preset: Preset, workers: int | None, scheduler: str | None, progress: bool
-) -> Iterator[tuple[Job, str]]:
-    """Yield each job that fails with the reason, while the others become PNGs."""
+) -> dict[int, str]:
+    """Make PNGs; return the reasons, by track id, why some cannot be made."""
+    reasons: dict[int, str] = {}
     if not jobs:
-        return
+        return reasons
     work = functools.partial(make_spectrogram, preset=preset)
     if scheduler is None:
         outcomes = run_locally(work, jobs, min(workers or os.cpu_count() or 1, len(jobs)))
     else:
         outcomes = run_on_cluster(work, jobs, scheduler)
     with Progress(len(jobs), f"spectrograms ({preset.name})", "clip", visible=progress) as bar:
-        for job, reason in outcomes:
+        for (_, png), reason in outcomes:
             bar.update()
             if reason is not None:
-                yield job, reason
+                reasons[int(png.stem)] = reason
+    return reasons
 
 
-def _settings(preset: Preset) -> dict[str, Any]:
-    usual = {"mel_scale": "slaney", "norm": "slaney", "power": 2.0, "dynamic_range_db": DYNAMIC_RANGE_DB}
-    return asdict(preset) | usual | {"reference": "maximum of the clip", "highest_band": "top row"}
-
-
-def _check_mel_json(folder: Path, preset: Preset) -> None:
-    path, found = folder / "mel.json", None
+def _check_settings(path: Path, settings: dict[str, object]) -> None:
+    found = None
     with contextlib.suppress(ValueError):
-        found = json.loads(path.read_text()) if path.exists() else _settings(preset)
-    if found != _settings(preset):
+        found = json.loads(path.read_text()) if path.exists() else settings
+    if found != settings:
         raise FmaNbError(
-            f"{path} is damaged or tells of other settings than preset {preset.name!r}: "
+            f"{path} is damaged or tells of other settings than preset {settings['name']!r}: "
             "move that folder away and run the same command again."
         )
-
-
-def _write_mel_json(folder: Path, preset: Preset) -> None:
-    if not (folder / "mel.json").exists():
-        with atomic_path(folder / "mel.json") as temporary:
-            temporary.write_text(json.dumps(_settings(preset), indent=2) + "\n")
-
-
-def _known_skips(folder: Path, index: Index) -> dict[int, str]:
-    """Return the clips an earlier run skipped and whose files hold the same bytes as then."""
-    paths = dict(zip(index.tracks["track_id"], index.tracks["path"], strict=True))
-    try:
-        rows = pd.read_csv(folder / "skipped.csv")
-        return {
-            int(row.track_id): str(row.reason)
-            for row in rows.itertuples()
-            if row.track_id in paths and _content(Path(paths[row.track_id]), row.reason) == row.content
-        }
-    except (OSError, pd.errors.EmptyDataError, pd.errors.ParserError, AttributeError):
-        return {}  # nothing known: the clips are simply tried again
 
 
 def _content(path: Path, reason: str) -> str:
@@ -172,13 +150,6 @@ def _content(path: Path, reason: str) -> str:
 def _with_reasons(index: Index, reasons: dict[int, str]) -> pd.DataFrame:
     found = index.tracks[index.tracks["track_id"].isin(reasons)][["track_id", "path"]]
     return found.assign(reason=found["track_id"].map(reasons))
-
-
-def _write_skipped(folder: Path, index: Index, reasons: dict[int, str]) -> None:
-    found = _with_reasons(index, reasons)
-    contents = [_content(Path(row.path), row.reason) for row in found.itertuples()]
-    with atomic_path(folder / "skipped.csv") as temporary:
-        found.assign(content=contents).to_csv(temporary, index=False)
 
 
 def _check_unreadable(skipped: pd.DataFrame, n_clips: int, folder: Path) -> None:
