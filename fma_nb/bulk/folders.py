@@ -1,8 +1,7 @@
 """Folders that several processes write to: one at a time, and nothing half-written stays."""
 
-import contextlib
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import filelock
@@ -18,16 +17,13 @@ def check_writable(folder: Path) -> None:
     (existing / ".writable").unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[object]:
     """Make a folder and keep others from writing to it inside a ``with`` block; wait for those who do."""
     make_folder(folder)
     try:
-        lock = filelock.FileLock(folder / ".lock").acquire()
+        return filelock.FileLock(folder / ".lock").acquire()
     except OSError as error:  # it may be another user's
         raise cannot_write(folder / ".lock", error) from error
-    with lock:
-        yield
 
 
 def clear_temporaries(*folders: Path) -> None:

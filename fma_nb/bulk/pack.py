@@ -68,12 +68,10 @@ def _check_rows(rows: pd.DataFrame, folder: Path, dataset: str, preset: str, nee
     if len(twice):
         first, second = (png_path(folder, r.split, r.genre, r.track_id) for r in twice.head(2).itertuples())
         raise FmaNbError(f"track {twice['track_id'].iloc[0]} has two PNGs, {first} and {second}: remove one.")
-    for split in needed:
-        if not (rows["split"] == split).any():
-            raise FmaNbError(f"split {split!r} is empty: {folder / split} holds no PNG.")
-    genres = set(rows["genre"])
+    for split in sorted(set(needed) - set(rows["split"])):
+        raise FmaNbError(f"split {split!r} is empty: {folder / split} holds no PNG.")
     for split, group in rows.groupby("split"):
-        for genre in sorted(genres - set(group["genre"])):
+        for genre in sorted(set(rows["genre"]) - set(group["genre"])):
             raise FmaNbError(f"genre {genre!r} has no tracks in {folder / str(split)}.")
 
 
@@ -124,7 +122,13 @@ def _checked_widths(pngs: list[Path], preset: Preset) -> list[int]:
     widths, converted = [], []
     expected = preset.n_frames or FRAMES_OF_A_CLIP
     for png in pngs:
-        height, width, mode = _header(png)
+        try:
+            with Image.open(png) as image:  # this reads the header alone
+                height, width, mode = image.height, image.width, image.mode
+        except PermissionError as error:
+            raise FmaNbError(f"{png} cannot be read: you have no permission to read it.") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise FmaNbError(f"{png} is not a readable PNG: remove it and make it again.") from error
         if height != preset.n_mels or not MIN_FRAMES <= width <= 2 * expected:
             raise FmaNbError(
                 f"{png} has a height of {height} bands and {width} frames, preset {preset.name!r} has "
@@ -141,9 +145,8 @@ def _checked_widths(pngs: list[Path], preset: Preset) -> list[int]:
 
 def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, ...], digest: "hashlib._Hash") -> None:
     """Write one split's array image by image, as a plain ``.npy`` file that a full disk cannot corrupt."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
-        write_array_header_1_0(file, header)
+        write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for row in rows.itertuples():
             image = read_png(row.png)
             # A shorter clip is repeated from its start: zeros would add a silence.
@@ -151,14 +154,3 @@ def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, ...], digest
             digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())
             digest.update(pixels)
             file.write(pixels)
-
-
-def _header(png: Path) -> tuple[int, int, str]:
-    """Return an image's height, width and mode from its header alone."""
-    try:
-        with Image.open(png) as image:
-            return image.height, image.width, image.mode
-    except PermissionError as error:
-        raise FmaNbError(f"{png} cannot be read: you have no permission to read it.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FmaNbError(f"{png} is not a readable PNG: remove it and make it again.") from error

@@ -23,14 +23,6 @@ from fma_nb.project import SPLITS, FmaNbError, atomic_path, spectrogram_dir
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB, Preset, get_preset, make_spectrogram, png_path
 
 MAX_UNREADABLE = 0.05
-USUAL_SETTINGS = {
-    "mel_scale": "slaney",
-    "norm": "slaney",
-    "power": 2.0,
-    "dynamic_range_db": DYNAMIC_RANGE_DB,
-    "reference": "maximum of the clip",
-    "highest_band": "top row",
-}
 
 Job = tuple[Path, Path]  # the audio file to read, and the PNG to write
 
@@ -44,18 +36,15 @@ def make_spectrograms(
     progress: bool = True,
     partial: bool = False,
 ) -> pd.DataFrame:
-    """Make the PNGs of a whole dataset that are not there yet; return what cannot be made.
+    """Make the PNGs of a dataset that are not there yet; return ``track_id, path, reason`` of skipped clips.
 
-    That is a table of ``track_id, path, reason``. All cores or as many ``workers`` do the work, or those of
-    the Dask ``scheduler`` at this address. A second run on the same folder waits for the first. Where all is
-    done nothing is written: the folder may be somebody else's. Missing MP3s are counted, and the work goes on
-    with those that are there; ``partial`` lets a split lack a genre, as while a download has only begun.
+    All cores do the work, as many ``workers``, or those of the Dask ``scheduler`` at this address. A second
+    run on the same folder waits for the first. Where all is done nothing is written: the folder may be
+    somebody else's. Missing MP3s are counted, and the work goes on with those that are there; with
+    ``partial`` a split may lack a genre, for a first look at a download that has only begun.
 
-    Raises
-    ------
-    FmaNbError
-        When the dataset is missing, a genre is missing in a split, the folder cannot be written or was
-        made with other settings, or more than 5 % of the MP3s are unreadable: the good PNGs stay.
+    `FmaNbError` tells of missing data, of a folder that cannot be written or was made with other settings,
+    and of more than 5 % of the MP3s being unreadable: the good PNGs stay.
     """
     preset = get_preset(preset_name)
     index = load_index(dataset, partial=partial)
@@ -63,8 +52,7 @@ def make_spectrograms(
     n_clips, missing = len(index.tracks) + len(index.dropped), (index.dropped["reason"] == MISSING).sum()
     if progress and missing:
         print(f"{n_clips - missing:,} of {n_clips:,} MP3s are there.", flush=True)
-    settings = asdict(preset) | USUAL_SETTINGS
-    _check_settings(folder / "mel.json", settings)
+    settings = _checked_settings(folder / "mel.json", preset)
     jobs, reasons = _to_do(index, folder)
     if jobs:
         with locked(folder):
@@ -76,7 +64,8 @@ def make_spectrograms(
             if not (folder / "mel.json").exists():
                 with atomic_path(folder / "mel.json") as temporary:
                     temporary.write_text(json.dumps(settings, indent=2) + "\n")
-            reasons |= _make(jobs, preset, workers, scheduler, progress)
+            if jobs:
+                reasons |= _make(jobs, preset, workers, scheduler, progress)
             clear_temporaries(*png_folders)  # of workers that were killed meanwhile
             found = _with_reasons(index, reasons)
             contents = [_content(Path(row.path), row.reason) for row in found.itertuples()]
@@ -109,14 +98,12 @@ def _make(
     jobs: list[Job], preset: Preset, workers: int | None, scheduler: str | None, progress: bool
 ) -> dict[int, str]:
     """Make PNGs; return the reasons, by track id, why some cannot be made."""
-    reasons: dict[int, str] = {}
-    if not jobs:
-        return reasons
     work = functools.partial(make_spectrogram, preset=preset)
     if scheduler is None:
-        outcomes = run_locally(work, jobs, min(workers or os.cpu_count() or 1, len(jobs)))
+        outcomes = run_locally(work, jobs, workers or os.cpu_count() or 1)
     else:
         outcomes = run_on_cluster(work, jobs, scheduler)
+    reasons = {}
     with Progress(len(jobs), f"spectrograms ({preset.name})", "clip", visible=progress) as bar:
         for (_, png), reason in outcomes:
             bar.update()
@@ -125,26 +112,27 @@ def _make(
     return reasons
 
 
-def _check_settings(path: Path, settings: dict[str, object]) -> None:
+def _checked_settings(path: Path, preset: Preset) -> dict[str, object]:
+    """Return how PNGs are made, or raise `FmaNbError` when those of the folder were made otherwise."""
+    usual = {"mel_scale": "slaney", "norm": "slaney", "power": 2.0, "dynamic_range_db": DYNAMIC_RANGE_DB}
+    settings = asdict(preset) | usual | {"reference": "maximum of the clip", "highest_band": "top row"}
     found = None
     with contextlib.suppress(ValueError):
         found = json.loads(path.read_text()) if path.exists() else settings
     if found != settings:
         raise FmaNbError(
-            f"{path} is damaged or tells of other settings than preset {settings['name']!r}: "
+            f"{path} is damaged or tells of other settings than preset {preset.name!r}: "
             "move that folder away and run the same command again."
         )
+    return settings
 
 
 def _content(path: Path, reason: str) -> str:
     """Return what a clip was judged by: its bytes and the decoder; nothing where the machine was at fault."""
-    if reason in (CRASHED, NO_MEMORY):
-        return ""
-    try:
-        with path.open("rb") as file:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if reason not in (CRASHED, NO_MEMORY):
             return f"{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}/{sf.__libsndfile_version__}"
-    except OSError:
-        return ""
+    return ""
 
 
 def _with_reasons(index: Index, reasons: dict[int, str]) -> pd.DataFrame:

@@ -4,8 +4,6 @@ A clip may crash its worker, hang it, or take a whole machine down: that costs t
 the run. Both ways call the same function, with a few jobs at a time: memory does not grow with the dataset.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import itertools
@@ -29,9 +27,6 @@ AHEAD = 4  # jobs in flight for each worker of a cluster
 CRASHED = "the decoder crashed on it"
 NO_MEMORY = "needs too much memory"
 
-# Numbers of glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
 Job = tuple[Any, ...]
 Work = Callable[..., str | None]
 Outcomes = Iterator[tuple[Job, str | None]]
@@ -40,29 +35,10 @@ Outcomes = Iterator[tuple[Job, str | None]]
 def run_locally(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: float = CPU_LIMIT_S) -> Outcomes:
     """Call ``work(*job)`` for each job in processes of this machine; yield the jobs as they are done.
 
-    The processes are killed when the caller stops early, presses Ctrl-C or dies.
-
-    Parameters
-    ----------
-    work
-        A function that returns ``None``, or the reason why the job has to be skipped. What it raises ends
-        the run.
-    jobs
-        Tuples of arguments, taken one by one when a process is free.
-    workers
-        Number of processes, a core each.
-    cpu_limit_s
-        Processor time that a job may use, in s; 0 sets no limit.
-
-    Yields
-    ------
-    job, reason
-        Jobs that exceed the limit, need too much memory or crash twice have a reason, too.
-
-    Raises
-    ------
-    FmaNbError
-        When the processes cannot start.
+    With each job comes ``None``, or the reason why it has to be skipped: what ``work`` returns, or that the
+    job exceeds ``cpu_limit_s`` of processor time (0: no limit), needs too much memory or crashes twice. What
+    ``work`` raises ends the run. Jobs are taken one by one when one of the ``workers`` is free. These are
+    killed when the caller stops early, presses Ctrl-C or dies; `FmaNbError` says that they cannot start.
     """
     crashed = []
     for job, reason in _through_pool(work, jobs, workers, cpu_limit_s):
@@ -76,17 +52,22 @@ def run_locally(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: floa
 
 def _through_pool(work: Work, jobs: Iterable[Job], workers: int, cpu_limit_s: float) -> Outcomes:
     source = iter(jobs)
-    first = list(itertools.islice(source, workers))
     pool: list[_Worker] = []
     try:
-        pool.extend(_Worker(work, cpu_limit_s) for _ in first)
-        for worker, job in zip(pool, first, strict=True):
-            worker.take(job)
-        while pool:
+        while True:
+            for job in itertools.islice(source, workers - len(pool)):
+                pool.append(_Worker(work, cpu_limit_s))
+                pool[-1].take(job)
+            if not pool:
+                return
             readable = wait([worker.pipe for worker in pool])
             for worker in [worker for worker in pool if worker.pipe in readable]:
+                if worker.is_new:
+                    with _starting():
+                        worker.is_new = worker.pipe.recv()
+                    continue
                 job, reason = worker.job, worker.outcome()
-                following = next(source, None)
+                following = None if worker.pipe.closed else next(source, None)
                 if following is None:
                     worker.end()
                     pool.remove(worker)
@@ -102,25 +83,16 @@ class _Worker:
     """A process that has one job at a time, so that its death tells which job it died of."""
 
     def __init__(self, work: Work, cpu_limit_s: float) -> None:
-        self._work, self._cpu_limit_s = work, cpu_limit_s
-        self._launch()
-
-    def _launch(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        pipe, its_pipe = spawn.Pipe()
+        self.pipe, its_pipe = spawn.Pipe()
         # When Python exits it ends daemons, but waits for other processes.
-        process = spawn.Process(target=_serve, args=(its_pipe, self._work, self._cpu_limit_s), daemon=True)
+        self._process = spawn.Process(target=_serve, args=(its_pipe, work, cpu_limit_s), daemon=True)
+        self._cpu_limit_s, self.is_new = cpu_limit_s, True
         with _starting(), its_pipe:
-            process.start()
-        self.pipe, self._process, self._is_new = pipe, process, True
+            self._process.start()
 
     def take(self, job: Job) -> None:
-        """Begin a job, in a new process when the last one has died."""
-        if self.pipe.closed:
-            self._launch()
-        if self._is_new:
-            with _starting():
-                self._is_new = self.pipe.recv()
+        """Begin a job, or let it wait until the process has started."""
         self.job = job
         with contextlib.suppress(OSError):  # it died just now: the outcome will say so
             self.pipe.send(job)
@@ -187,13 +159,13 @@ def _end_with_parent() -> None:
 def keep_freed_memory() -> None:
     """Let this process reuse the memory that it frees instead of returning it to the system (glibc only).
 
-    Every clip and every batch needs arrays of megabytes, and fetching their pages anew each time costs
-    a tenth of the time of a spectrogram and up to a third of a training step on the CPU.
+    Every clip and every batch needs arrays of megabytes. To fetch their pages anew each time costs a tenth
+    of the time of a spectrogram and up to a third of a training step on the CPU.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-4, 0)  # M_MMAP_MAX in <malloc.h>
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def run_on_cluster(
@@ -206,30 +178,30 @@ def run_on_cluster(
 ) -> Outcomes:
     """Do as `run_locally` does, on the workers of a Dask scheduler, for example ``tcp://10.0.0.1:8786``.
 
-    When nothing is finished within ``timeout_s``, what the workers have in hand is given up; ``None`` never
-    gives up. With ``one_thread`` a worker that would run two jobs at a time in one process is refused: they
-    would share its random state.
-
-    Scheduler and workers need this package, and the workers must see the same files under the same
-    paths. Workers may join, leave and die while it runs: Dask gives what they had in hand to the others.
-
-    Raises
-    ------
-    FmaNbError
-        When Dask is not installed, the scheduler does not answer or goes away, it has no workers, or the
-        package is missing there.
+    Scheduler and workers need this package, and the workers must see the same files under the same paths.
+    Workers may join, leave and die: Dask gives what they had in hand to the others. When nothing is finished
+    within ``timeout_s``, what they have in hand is given up; ``None`` never gives up. With ``one_thread`` a
+    worker that would run two jobs at a time in one process is refused: they would share its random state.
+    `FmaNbError` tells of Dask, a scheduler, workers or the package that are not there, or no longer.
     """
-    with _connected(scheduler) as client, _still_there(client, scheduler):
-        waiting: dict[Any, Job] = {}
-        source = iter(jobs)
+    call = (_on_one_thread, work) if one_thread else (work,)
+    waiting: dict[Any, Job] = {}
+    finished: list[tuple[Any, str | None]] = []
+    source = iter(jobs)
+    with _connected(scheduler) as client:
         while True:
-            room = AHEAD * max(1, sum(client.nthreads().values())) - len(waiting)
-            for job in itertools.islice(source, max(0, room)):
-                call = (_on_one_thread, work, *job) if one_thread else (work, *job)
-                waiting[client.submit(*call, pure=False)] = job
+            n_threads = sum(client.nthreads().values())
+            if not n_threads and not finished:
+                raise FmaNbError(
+                    f"--scheduler {scheduler} has no workers: start some with "
+                    f"'dask worker {scheduler} --nthreads 1', then run the same command again."
+                )
+            for job in itertools.islice(source, max(0, AHEAD * max(1, n_threads) - len(waiting))):
+                waiting[client.submit(*call, *job, pure=False)] = job
             if not waiting:
                 return
-            for future, reason in _finished(client, list(waiting), scheduler, timeout_s):
+            finished = _finished(client, list(waiting), timeout_s)
+            for future, reason in finished:
                 yield waiting.pop(future), reason
 
 
@@ -242,24 +214,18 @@ def _connected(scheduler: str) -> Iterator[Any]:
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what there is to say is said here
     try:
         client = Client(scheduler, timeout=CONNECT_TIMEOUT_S)
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise FmaNbError(f"--scheduler {scheduler}: no Dask scheduler answers there.") from error
     with client:
-        _check_workers(client, scheduler)
-        yield client
-
-
-@contextlib.contextmanager
-def _still_there(client: Any, scheduler: str) -> Iterator[None]:
-    try:
-        yield
-    except (CancelledError, OSError) as error:
-        if isinstance(error, OSError) and client.status == "running":
-            raise  # of the work itself
-        raise FmaNbError(
-            f"--scheduler {scheduler} went away: start it and its workers again, then run the same command, "
-            "which goes on from here."
-        ) from error
+        try:
+            yield client
+        except (CancelledError, OSError) as error:
+            if isinstance(error, OSError) and client.status == "running":
+                raise  # of the work itself
+            raise FmaNbError(
+                f"--scheduler {scheduler} went away: start it and its workers again, then run the same "
+                "command, which goes on from here."
+            ) from error
 
 
 def _on_one_thread(work: Work, *job: Any) -> str | None:
@@ -273,27 +239,15 @@ def _on_one_thread(work: Work, *job: Any) -> str | None:
     return work(*job)
 
 
-def _check_workers(client: Any, scheduler: str) -> None:
-    if not client.nthreads():
-        raise FmaNbError(
-            f"--scheduler {scheduler} has no workers: start some with "
-            f"'dask worker {scheduler} --nthreads 1', then run the same command again."
-        )
-
-
-def _finished(
-    client: Any, futures: list[Any], scheduler: str, timeout_s: float | None
-) -> list[tuple[Any, str | None]]:
-    """Wait for a job that is done. When there is none for too long, restart the workers that are at work."""
+def _finished(client: Any, futures: list[Any], timeout_s: float | None) -> list[tuple[Any, str | None]]:
+    """Wait for jobs that are done. When there is none for too long, restart the workers that are at work."""
     from distributed import wait
 
     with contextlib.suppress(TimeoutError):
         wait(futures, timeout=timeout_s or CLIP_TIMEOUT_S, return_when="FIRST_COMPLETED")
-    if done := [(future, _cluster_outcome(future)) for future in futures if future.done()]:
+    done = [(future, _outcome(future)) for future in futures if future.done()]
+    if done or timeout_s is None:
         return done
-    _check_workers(client, scheduler)
-    if timeout_s is None:
-        return []
     in_hand: dict[str, list[str]] = client.run(
         lambda dask_worker: [task.key for task in dask_worker.state.executing], on_error="ignore"
     )
@@ -303,20 +257,17 @@ def _finished(
     return [(future, f"no result within {timeout_s:g} s") for future in hanging]
 
 
-def _cluster_outcome(future: Any) -> str | None:
+def _outcome(future: Any) -> str | None:
     from distributed.scheduler import KilledWorker
 
-    try:
-        reason: str | None = future.result()
-        return reason
-    except KilledWorker:
+    error = future.exception()
+    if isinstance(error, KilledWorker):
         return CRASHED
-    except MemoryError:
+    if isinstance(error, MemoryError):
         return NO_MEMORY
-    except (ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "deserialization" not in str(error):
-            raise  # of the work itself, not of a scheduler that lacks the package
+    if isinstance(error, ImportError) or "deserialization" in str(error):
         raise FmaNbError(
             "the cluster cannot load this package: install the same version of fma-nb on its scheduler "
             "and its workers, then run the same command again."
         ) from error
+    return future.result()
