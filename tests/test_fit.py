@@ -114,16 +114,16 @@ def test_what_is_returned_is_what_the_files_hold(pack: Pack, project: Path, ema:
     kept = list(zip(recipes, ("baseline_best.pt", "baseline_seed1_best.pt"), strict=True))
     for recipe, name in kept + kept:
         files = run_files("mine", "baseline", recipe.seed, first_seed=0)
-        fitted = fit(recipe, turned, files, CPU, progress=False)
+        model, best_epoch, returned = fit(recipe, turned, files, CPU, progress=False)
         best = load_checkpoint(project / "outputs" / "mine" / "checkpoints" / name)
         last = load_checkpoint(files.last)
-        assert fitted.best_epoch == best["epoch"] + 1 < last["epoch"] + 1  # else this test would show little
-        assert fitted.model.state_dict().keys() == best["model_state"].keys()
-        for key, value in fitted.model.state_dict().items():
+        assert best_epoch == best["epoch"] + 1 < last["epoch"] + 1  # else this test would show little
+        assert model.state_dict().keys() == best["model_state"].keys()
+        for key, value in model.state_dict().items():
             assert torch.equal(value, best["model_state"][key]), key
         log = load_log(project / "outputs" / "mine" / "logs" / "baseline.csv")
-        pd.testing.assert_frame_equal(fitted.log, log[log["seed"] == recipe.seed])
-        pd.testing.assert_frame_equal(fitted.log, read_log("mine", "baseline", [recipe.seed]))
+        pd.testing.assert_frame_equal(returned, log[log["seed"] == recipe.seed])
+        pd.testing.assert_frame_equal(returned, read_log("mine", "baseline", [recipe.seed]))
     assert read_log("mine", "baseline")["seed"].tolist() == [0] * 8 + [1] * 8
 
 

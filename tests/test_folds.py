@@ -39,9 +39,8 @@ from fma_nb.dataset import Pack, Split
 from fma_nb.evaluation import clip_table, correct_matrix, evaluate_split, paired_difference
 from fma_nb.metadata import ERRATA, GENRES, dataset_rows, read_tracks
 from fma_nb.project import FmaNbError, data_dir, outputs_dir, spectrogram_dir
-from fma_nb.runs.ablation import FOLD_COLUMNS, ablation_table, finished_rows
+from fma_nb.runs.ablation import FOLD_COLUMNS, ablation_table, cut_folds, finished_rows, fold_pack, pooled
 from fma_nb.runs.checkpoint import load_checkpoint, load_model, read_log
-from fma_nb.runs.folds import cut_folds, fold_pack, pooled
 
 RUN, N_FOLDS, N_EPOCHS = "tiny", 2, 20
 # A rate so high, without averaging, that the last epoch is hardly ever the best.

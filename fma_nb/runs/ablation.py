@@ -1,31 +1,34 @@
 """The ablation: the final recipe with every ingredient taken out in turn, and its cross-validation.
 
 Each row is a recipe that differs from the final recipe in one thing, trained with several seeds and
-evaluated on validation, or once for each fold by artist. Finished trainings are never repeated, so the
-table grows row by row.
+evaluated on validation, which holds few artists and unevenly many clips of each. With folds every clip of
+train and val is judged once, by a network that has heard no clip of its artist; test is left out.
+Finished trainings are never repeated, so the table grows row by row.
 """
 
-from __future__ import annotations
-
 import contextlib
+import hashlib
+import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
+from sklearn.model_selection import StratifiedGroupKFold
 
 from fma_nb.bulk.workers import run_locally, run_on_cluster
-from fma_nb.dataset import Pack, open_pack
+from fma_nb.dataset import Pack, Split, open_pack
 from fma_nb.evaluation import SCORES, Metrics
 from fma_nb.progress import Progress
 from fma_nb.project import FmaNbError, data_dir, outputs_dir, run_dir
 from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.runs.experiment import read_metrics, train_and_evaluate
-from fma_nb.runs.folds import Ids, cut_folds, fold_pack, pooled
 from fma_nb.runs.tables import answer_table, comparison_table, write_table
 
 FINAL, SAME_RECIPE = "final", "baseline_with_recipe"
@@ -80,6 +83,43 @@ def row_recipe(row: str, base: Recipe) -> Recipe:
     return replace(base, **(ROWS | {SHORTER: {"epochs": max(1, base.epochs // 2)}})[row])
 
 
+def cut_folds(pack: Pack, n_folds: int) -> list[npt.NDArray[np.int64]]:
+    """Cut train and val into folds by artist that are balanced by genre; return each fold's track ids.
+
+    They depend on track ids, genres and artists alone. No genre may have fewer artists than there are folds.
+    """
+    if n_folds < 2:
+        raise FmaNbError(f"--folds {n_folds} must be at least 2.")
+    clips = _joined(pack)
+    clips = clips.take(np.argsort(clips.track_ids))
+    for label, genre in enumerate(pack.genres):
+        n_artists = len(set(clips.artists[clips.labels == label]))
+        if n_artists < n_folds:
+            raise FmaNbError(
+                f"--folds {n_folds}: {genre} has clips of only {n_artists} artist(s) in train and val: "
+                "choose fewer folds."
+            )
+    cutter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it counts clips
+        cuts = list(cutter.split(clips.track_ids, clips.labels, clips.artists))
+    return [clips.track_ids[held_out] for _, held_out in cuts]
+
+
+def _joined(pack: Pack) -> Split:
+    parts = [pack.split(name) for name in ("train", "val")]
+    fields = ("images", "labels", "track_ids", "artists")
+    return Split(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+
+
+def fold_pack(pack: Pack, held_out: npt.NDArray[np.int64]) -> Pack:
+    """Return a pack that trains on all clips of train and val but those of a fold, and validates on these."""
+    clips = _joined(pack)
+    inside = np.isin(clips.track_ids, held_out)
+    splits = {"train": clips.take(~inside), "val": clips.take(inside)}
+    content = pack.fingerprint + json.dumps(held_out.tolist())
+    return replace(pack, fingerprint=hashlib.sha256(content.encode()).hexdigest(), splits=splits)
+
+
 def run_ablation(
     pack: Pack,
     run: str,
@@ -94,17 +134,10 @@ def run_ablation(
 ) -> None:
     """Train and evaluate rows, and write the tables of what is finished after each training.
 
-    Every training runs on one thread of a process of its own, so ``jobs`` changes no weight.
-
-    Parameters
-    ----------
-    n_folds
-        0 trains on the training split and evaluates the best epoch on validation. Else every row is
-        trained once for each fold of `fma_nb.runs.folds.cut_folds` and evaluated after its last epoch.
-    jobs
-        Trainings side by side on this machine.
-    scheduler
-        Spread them over the workers of this Dask scheduler instead.
+    Without folds a row trains on the training split, and its best epoch is evaluated on validation. With
+    folds it is trained once for each of `cut_folds` and evaluated after its last epoch. Every training runs
+    on one thread of a process of its own, so ``jobs``, the number of trainings side by side, changes no
+    weight. With ``scheduler`` they are spread over the workers of that Dask scheduler instead.
     """
     run_dir(run)  # refuses a bad name before any process starts
     recipes = {row: row_recipe(row, base) for row in rows}
@@ -117,11 +150,10 @@ def run_ablation(
         for i, ids in enumerate(held_out, 1)
         for row, recipe in recipes.items()
     ]
-    outcomes = (
-        run_on_cluster(train_row, trainings, scheduler, None, one_thread=True)
-        if scheduler
-        else run_locally(train_row, trainings, min(jobs, len(trainings)), cpu_limit_s=0)
-    )
+    if scheduler:
+        outcomes = run_on_cluster(train_row, trainings, scheduler, None, one_thread=True)
+    else:
+        outcomes = run_locally(train_row, trainings, min(jobs, len(trainings)), cpu_limit_s=0)
     with Progress(len(trainings), f"{len(rows)} row(s)", "training") as bar:
         for training, reason in outcomes:
             if reason:
@@ -137,7 +169,7 @@ def train_row(
     row_run: str,
     device: torch.device,
     n_seeds: int,
-    held_out: Ids,
+    held_out: npt.NDArray[np.int64],
     folders: dict[str, str],
 ) -> None:
     """Train and evaluate one row in this process, on a fold when ``held_out`` has its track ids."""
@@ -173,46 +205,55 @@ def read_row(run: str, row: str, n_folds: int = 0) -> list[Metrics]:
     return found if all(one == made[0] for one in made) else []
 
 
+def pooled(folds: Sequence[Metrics]) -> Metrics:
+    """Join the metrics of a recipe's folds as those of one evaluation; ``folds`` keeps those of each."""
+    seeds = []
+    for results in zip(*(metrics["seeds"] for metrics in folds), strict=True):
+        parts = [result["val"] for result in results]
+        answers = {name: _union(parts, name) for name in ("predictions", "probabilities")}
+        last = float(np.mean([result["last_val_accuracy"] for result in results]))
+        seeds.append({"seed": results[0]["seed"], "val": answers, "last_val_accuracy": last})
+    return folds[0] | {
+        "fingerprint": " ".join(metrics["fingerprint"] for metrics in folds),
+        "labels": {"val": _union([metrics["labels"] for metrics in folds], "val")},
+        "artists": {"val": _union([metrics["artists"] for metrics in folds], "val")},
+        "seeds": seeds,
+        "folds": [[result["val"] for result in metrics["seeds"]] for metrics in folds],
+    }
+
+
+def _union(parts: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    return {key: value for part in parts for key, value in part[name].items()}
+
+
 def write_csv(run: str, n_folds: int = 0) -> Path:
     """Write ``ablation.csv`` or ``folds.csv``, a line a training, from the metrics of the finished rows."""
+    name, columns, prefix = ("folds", FOLD_COLUMNS, "") if n_folds else ("ablation", CSV_COLUMNS, "val_")
     lines = []
     for row in ALL_ROWS:
         for fold, metrics in enumerate(read_row(run, row, n_folds), 1):
+            facts = {"row": row, "parameters": metrics["n_parameters"], "fold": fold, "folds": n_folds}
+            facts["held_out_clips"] = len(metrics["labels"]["val"])
             for result in metrics["seeds"]:
-                scores = {
-                    ("" if n_folds else "val_") + score: result["val"][score] for score in SCORES.values()
-                }
-                facts = {"row": row, "parameters": metrics["n_parameters"], "fold": fold, "folds": n_folds}
-                facts["held_out_clips"] = len(metrics["labels"]["val"])
+                scores = {prefix + score: result["val"][score] for score in SCORES.values()}
                 lines.append(facts | metrics | result | scores)
-    columns = FOLD_COLUMNS if n_folds else CSV_COLUMNS
-    path = run_dir(run) / ("folds.csv" if n_folds else "ablation.csv")
-    return write_table(path, pd.DataFrame(lines, columns=columns))
+    return write_table(run_dir(run) / f"{name}.csv", pd.DataFrame(lines, columns=columns))
 
 
 def ablation_table(run: str, n_folds: int = 0) -> pd.DataFrame:
     """Compare every finished row of a run with the final recipe, on the same tracks.
 
-    Rows made from other data, or as changes of another recipe than the run's ``final``, are left out, and
-    a line says so.
-
-    Returns
-    -------
-    table
-        A line a row: ``row, seeds, epochs``; ``accuracy`` and ``balanced_accuracy``, with artists weighted
-        equally, and their ``difference`` and ``balanced_difference`` from the final recipe, each with the
-        95 % interval of `fma_nb.evaluation` in ``…_low`` and ``…_high``; ``last``, the accuracy after the
-        last epoch. With folds that is ``accuracy``, too, on clips that chose nothing, and ``spread`` is the
-        standard error over folds. Without folds ``accuracy`` is of each seed's best epoch, which was chosen
-        on these tracks, and ``spread`` the standard deviation over seeds. Empty without the final recipe.
+    It is a `comparison_table` with each row's ``epochs``, and ``last``, the accuracy after the last epoch.
+    With folds that is ``accuracy``, too, on clips that chose nothing; without them ``accuracy`` is of each
+    seed's best epoch, which was chosen on these tracks. Rows made from other data, or as changes of another
+    recipe than the run's ``final``, are left out, and a line says so. Without ``final`` the table is empty.
     """
     found = finished_rows(run, n_folds)
     if FINAL not in found:
         return pd.DataFrame()
     kept = {row: metrics for row, metrics in found.items() if _belongs(row, metrics, found[FINAL])}
-    if len(kept) < len(found):
-        others = ", ".join(row for row in found if row not in kept)
-        print(f"Left out, made from other data or with another recipe: {others}")
+    if others := [row for row in found if row not in kept]:
+        print(f"Left out, made from other data or with another recipe: {', '.join(others)}")
     table = comparison_table(kept, FINAL, "val")
     table.insert(2, "epochs", [metrics["config"]["epochs"] for metrics in kept.values()])
     lasts = [[result["last_val_accuracy"] for result in metrics["seeds"]] for metrics in kept.values()]
@@ -221,13 +262,10 @@ def ablation_table(run: str, n_folds: int = 0) -> pd.DataFrame:
 
 def write_tables(run: str, table: pd.DataFrame, n_folds: int = 0) -> list[Path]:
     """Write a run's `ablation_table`, its CSV of trainings and, of folds, each track's answers."""
-    name = "folds" if n_folds else "ablation"
-    paths = [write_csv(run, n_folds), write_table(run_dir(run) / f"{name}_table.csv", table)]
+    path, tables = write_csv(run, n_folds), {"table": table}
     if n_folds:
-        paths.append(
-            write_table(run_dir(run) / "folds_answers.csv", answer_table(finished_rows(run, n_folds), "val"))
-        )
-    return paths
+        tables["answers"] = answer_table(finished_rows(run, n_folds), "val")
+    return [path, *(write_table(path.with_stem(f"{path.stem}_{name}"), one) for name, one in tables.items())]
 
 
 def _belongs(row: str, metrics: Metrics, final: Metrics) -> bool:

@@ -3,8 +3,6 @@
 A checkpoint of the same content has the same bytes, so two trainings can be compared by their files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys
@@ -24,8 +22,9 @@ from fma_nb.recipe import Recipe
 from fma_nb.spectrogram import PRESETS
 from fma_nb.training import to_device
 
+# What every checkpoint holds; `fma_nb.runs.experiment` adds more.
+CONTENT = dict(epoch=int, model_state=dict, config=dict, genres=list, preset=str, image_shape=list)
 MAX_FRAMES = 100_000  # 39 minutes of the `full` preset; a damaged file may ask for more than fits into memory
-CHECKPOINT_KEYS = ("epoch", "model_state", "config", "genres", "preset", "image_shape")
 LOG_COLUMNS = ["seed", "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"]
 
 
@@ -43,9 +42,9 @@ class RunFiles(NamedTuple):
 
 def run_files(run: str, model: str, seed: int, first_seed: int) -> RunFiles:
     """Name the files of one training; a run's first seed has plain names, ``<model>_best.pt``."""
-    checkpoints = run_dir(run) / "checkpoints"
-    stem = model if seed == first_seed else f"{model}_seed{seed}"
-    return RunFiles(checkpoints / f"{stem}_best.pt", checkpoints / f"{stem}_last.pt", log_path(run, model))
+    folder = run_dir(run)
+    stem = folder / "checkpoints" / (model if seed == first_seed else f"{model}_seed{seed}")
+    return RunFiles(Path(f"{stem}_best.pt"), Path(f"{stem}_last.pt"), folder / "logs" / f"{model}.csv")
 
 
 def _interned(content: Any) -> Any:
@@ -66,13 +65,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU without executing anything in it.
-
-    Raises
-    ------
-    NotReadableError
-        When the file is missing or is not a checkpoint of this project.
-    """
+    """Read a checkpoint to the CPU without executing anything in it, or raise `NotReadableError`."""
     try:
         data = io.BytesIO(path.read_bytes())
     except FileNotFoundError as error:
@@ -80,30 +73,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise FmaNbError(f"{path} cannot be read ({error.strerror}).") from error
     try:
-        with warnings.catch_warnings():  # of a foreign file PyTorch remarks more than its refusal
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch's, of foreign files
             content = torch.load(data, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception:  # damage makes it raise nearly anything
         content = None
-    if not _is_checkpoint(content):
+    if not isinstance(content, dict) or not _is_checkpoint(content):
         raise NotReadableError(f"{path} is not a checkpoint of this project: remove it.")
     return content
 
 
-def _is_checkpoint(content: Any) -> bool:
-    if not isinstance(content, dict) or not set(CHECKPOINT_KEYS) <= content.keys():
+def _is_checkpoint(content: dict[str, Any]) -> bool:
+    if not all(isinstance(content.get(name), kind) for name, kind in CONTENT.items()):
         return False
     shape, genres = content["image_shape"], content["genres"]
     return (
-        all(isinstance(content[name], dict) for name in ("model_state", "config"))
-        and all(isinstance(part, list) for part in (shape, genres))
+        len(shape) == 2
         and all(isinstance(size, int) and MIN_FRAMES <= size <= MAX_FRAMES for size in shape)
         and all(isinstance(genre, str) for genre in genres)
-        and (len(shape), len(set(genres))) == (2, len(genres))
-        and isinstance(content["epoch"], int)
-        and isinstance(content["preset"], str)
+        and len(set(genres)) == len(genres)
         and content["preset"] in PRESETS
     )
 
@@ -123,13 +112,7 @@ def load_model(path: Path, model: str, pack: Pack, device: torch.device) -> nn.M
 
 
 def network_of(saved: dict[str, Any], path: Path) -> nn.Module:
-    """Build the network of a checkpoint that was read from ``path``, in evaluation mode.
-
-    Raises
-    ------
-    FmaNbError
-        When the recipe is of another version, or the weights do not fit it or are not numbers.
-    """
+    """Build a checkpoint's network, in evaluation mode, or raise `FmaNbError` that names ``path``."""
     try:
         recipe = Recipe(**saved["config"])
     except (TypeError, FmaNbError) as error:
@@ -155,14 +138,9 @@ def write_log_row(path: Path, row: dict[str, float]) -> None:
         rows.sort_values(["seed", "epoch"]).to_csv(temporary, index=False)
 
 
-def log_path(run: str, model: str) -> Path:
-    """Return where the log of all seeds of a model lies in a run folder."""
-    return run_dir(run) / "logs" / f"{model}.csv"
-
-
 def read_log(run: str, model: str, seeds: Iterable[int] | None = None) -> pd.DataFrame:
     """Read the log of all or some seeds of a model: a row an epoch, from 0, columns `LOG_COLUMNS`."""
-    rows = load_log(log_path(run, model))
+    rows = load_log(run_files(run, model, 0, 0).log)  # all seeds share it
     return rows if seeds is None else rows[rows["seed"].isin(list(seeds))]
 
 

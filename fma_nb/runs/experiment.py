@@ -1,10 +1,7 @@
 """One experiment: a recipe trained with several seeds, and the metrics file that it leaves.
 
-A metrics file holds every seed's predictions by track id, so that models can be compared clip by clip
-without training anything again.
+The file holds every seed's answers by track id, so that models can be compared clip by clip later.
 """
-
-from __future__ import annotations
 
 import json
 import platform
@@ -17,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fma_nb import training
 from fma_nb.dataset import Pack
 from fma_nb.evaluation import EVALUATION_SPLITS, Metrics, evaluate_split
 from fma_nb.model import count_parameters
@@ -24,17 +22,12 @@ from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, atomic_path, run_dir
 from fma_nb.recipe import Recipe
 from fma_nb.runs.checkpoint import load_model, run_files
 from fma_nb.runs.fit import fit
-from fma_nb.training import device_name
 
 METRICS_KEYS = ("model", "dataset", "preset", "genres", "fingerprint", "config", "labels", "seeds")
 
 
 def chosen_split(dataset: str, evaluation_split: str) -> str:
-    """Return ``val`` or ``test``, or raise `FmaNbError` when the choice is another one.
-
-    An empty choice means test for a synthetic dataset and val for a real one, whose test split is opened on
-    purpose or not at all.
-    """
+    """Return the choice; an empty one is test of synthetic data and val of real, whose test comes last."""
     if evaluation_split not in ("", *EVALUATION_SPLITS):
         raise FmaNbError(f"evaluation_split={evaluation_split!r} is unknown: choose val or test.")
     return evaluation_split or ("test" if dataset in SYNTHETIC_DATASETS else "val")
@@ -61,17 +54,10 @@ def train_and_evaluate(
 ) -> Metrics:
     """Train a model with several seeds, evaluate each one's best checkpoint, and write the metrics file.
 
-    What cannot work raises `FmaNbError` before the first epoch. What an earlier call finished is not trained
-    again.
-
-    Parameters
-    ----------
-    recipe
-        Its seed is the first of ``n_seeds`` consecutive ones.
-    evaluation_split
-        ``val`` evaluates on validation only; ``test`` adds the test split.
-    last_epoch
-        Evaluate the weights after the last epoch instead: no clip had a say in which epoch that is.
+    The recipe's seed is the first of ``n_seeds`` consecutive ones. ``evaluation_split`` ``val`` evaluates on
+    validation only, ``test`` on both. With ``last_epoch`` the weights after the last epoch are evaluated: no
+    clip had a say in which epoch that is. What cannot work raises `FmaNbError` before the first epoch. What
+    an earlier call finished is not trained again.
     """
     splits = evaluation_splits(pack, evaluation_split)
     if n_seeds < 1:
@@ -99,7 +85,7 @@ def train_and_evaluate(
         "n_parameters": count_parameters(model),
         "config": asdict(recipe),
         "checkpoint": "last" if last_epoch else "best",
-        "device": device_name(device),
+        "device": training.device_name(device),
         "versions": versions(),
         "date": date.today().isoformat(),
         "seeds": results,
@@ -132,13 +118,7 @@ def metrics_path(run: str, model: str) -> Path:
 
 
 def read_metrics(run: str, models: Sequence[str], pack: Pack | None = None) -> dict[str, Metrics]:
-    """Read the metrics files of a run, and check that they are of the same data, and of ``pack`` if given.
-
-    Raises
-    ------
-    FmaNbError
-        When a file is missing or damaged, or two were made from different data, genres or splits.
-    """
+    """Read the metrics files of a run, and check that they are of the same data, and of ``pack`` if given."""
     if not models:
         raise FmaNbError("read_metrics needs the name of at least one model.")
     found = {model: _read_metrics_file(metrics_path(run, model), model) for model in models}
@@ -177,7 +157,6 @@ def _read_metrics_file(path: Path, model: str) -> Metrics:
 def trained_models(run: str, model: str, pack: Pack, device: torch.device) -> Iterator[nn.Module]:
     """Yield the best checkpoint of every seed of a model, in the order of the seeds."""
     metrics = read_metrics(run, [model])[model]
-    first_seed = metrics["config"]["seed"]
     for result in metrics["seeds"]:
-        files = run_files(run, model, result["seed"], first_seed)
+        files = run_files(run, model, result["seed"], metrics["config"]["seed"])
         yield load_model(files.best, model, pack, device)

@@ -1,47 +1,35 @@
 """Tables of several models' metrics: accuracies with intervals, paired differences, and answers by track."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fma_nb.evaluation import (
-    Estimate,
-    Metrics,
-    bootstrap_accuracy,
-    clip_table,
-    correct_matrix,
-    paired_difference,
-)
+from fma_nb import evaluation
+from fma_nb.evaluation import Estimate, Metrics
 from fma_nb.project import atomic_path
 
 
 def comparison_table(found: dict[str, Metrics], reference: str, split: str) -> pd.DataFrame:
-    """Compare models with a reference among them, on the same tracks.
+    """Compare models with a reference among them, on the same tracks; return a line a model.
 
-    Returns
-    -------
-    table
-        A line a model: ``row, seeds``; ``accuracy`` and ``balanced_accuracy``, with artists weighted equally,
-        each with its ``spread``; their ``difference`` and ``balanced_difference`` from the reference. Every
-        number has the 95 % interval of `fma_nb.evaluation` in ``…_low`` and ``…_high``. The spread is the
-        standard deviation over seeds, or of pooled folds the standard error over the folds.
+    Columns are ``row, seeds``; ``accuracy`` and ``balanced_accuracy``, with artists weighted equally; their
+    ``difference`` and ``balanced_difference`` from the reference; all with the 95 % interval of
+    `fma_nb.evaluation` in ``…_low`` and ``…_high``; and the accuracies' ``spread``, the standard deviation
+    over seeds, or of pooled folds the standard error over the folds.
     """
-    clips = clip_table(found[reference], split)
+    clips = evaluation.clip_table(found[reference], split)
     artists, genres = clips["artist"].tolist(), clips["genre"].tolist()
-    theirs, lines = correct_matrix(found[reference], split), []
+    balanced = "balanced_", "artist_balanced_accuracy", genres
+    theirs, lines = evaluation.correct_matrix(found[reference], split), []
     for row, metrics in found.items():
         line: dict[str, Any] = {"row": row, "seeds": len(metrics["seeds"])}
-        ours = correct_matrix(metrics, split)
-        for prefix, weighted_by in (("", None), ("balanced_", genres)):
-            line |= _columns(f"{prefix}accuracy", bootstrap_accuracy(ours, artists, weighted_by))
-            line[f"{prefix}spread"] = _spread(
-                metrics, split, f"artist_{prefix}accuracy" if prefix else "accuracy"
-            )
-            gap = paired_difference(ours, theirs, artists, weighted_by)
+        ours = evaluation.correct_matrix(metrics, split)
+        for prefix, score, weights in (("", "accuracy", None), balanced):
+            line |= _columns(f"{prefix}accuracy", evaluation.bootstrap_accuracy(ours, artists, weights))
+            line[f"{prefix}spread"] = _spread(metrics, split, score)
+            gap = evaluation.paired_difference(ours, theirs, artists, weights)
             line |= _columns(f"{prefix}difference", Estimate(*[np.nan] * 3) if row == reference else gap)
         lines.append(line)
     return pd.DataFrame(lines)
