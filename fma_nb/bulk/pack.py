@@ -16,7 +16,7 @@ from PIL import Image
 
 from fma_nb.bulk.folders import clear_temporaries, locked
 from fma_nb.dataset import MIN_FRAMES, Pack, open_pack
-from fma_nb.project import SPLITS, FmaNbError, atomic_path, check_dataset, spectrogram_dir
+from fma_nb.project import SPLITS, FmaNbError, atomic_path, check_dataset, spectrogram_dir, write_text
 from fma_nb.spectrogram import Preset, get_preset, png_name, png_path, read_png
 
 PACK_VERSION = 2
@@ -113,8 +113,7 @@ def _build(rows: pd.DataFrame, state: str, folder: Path, preset: Preset) -> None
         "splits": splits,
         "files": {name: (pack_dir / name).stat().st_size for name in files},
     }
-    with atomic_path(pack_dir / "pack.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(pack_dir / "pack.json", json.dumps(record, indent=2) + "\n")
 
 
 def _checked_widths(pngs: list[Path], preset: Preset) -> list[int]:

@@ -19,7 +19,7 @@ from fma_nb.bulk.folders import check_writable, clear_temporaries, locked
 from fma_nb.bulk.workers import CRASHED, NO_MEMORY, run_locally, run_on_cluster
 from fma_nb.metadata import MISSING, Index, load_index
 from fma_nb.progress import Progress
-from fma_nb.project import SPLITS, FmaNbError, atomic_path, spectrogram_dir
+from fma_nb.project import SPLITS, FmaNbError, atomic_path, spectrogram_dir, write_text
 from fma_nb.spectrogram import DYNAMIC_RANGE_DB, Preset, get_preset, make_spectrogram, png_path
 
 MAX_UNREADABLE = 0.05
@@ -62,8 +62,7 @@ def make_spectrograms(
             png_folders = [folder / split for split in SPLITS]  # another run may be writing its pack beside
             clear_temporaries(*png_folders)
             if not (folder / "mel.json").exists():
-                with atomic_path(folder / "mel.json") as temporary:
-                    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+                write_text(folder / "mel.json", json.dumps(settings, indent=2) + "\n")
             if jobs:
                 reasons |= _make(jobs, preset, workers, scheduler, progress)
             clear_temporaries(*png_folders)  # of workers that were killed meanwhile

@@ -26,7 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from fma_nb.bulk.folders import clear_temporaries
 from fma_nb.progress import Progress, format_bytes
-from fma_nb.project import FmaNbError, atomic_path, data_dir, make_folder
+from fma_nb.project import FmaNbError, atomic_path, data_dir, make_folder, write_text
 
 FMA_URL = "https://os.unil.cloud.switch.ch/fma/"
 PIECE_BYTES = 1 << 20
@@ -90,8 +90,7 @@ def download(
                 verify_sha1(archive_path, archive.sha1)
             n_members = extract(archive_path or zip_path, folder)
             verify_checksums(folder)
-            with atomic_path(record) as temporary:
-                temporary.write_text(json.dumps({"sha1": archive.sha1, "members": n_members}))
+            write_text(record, json.dumps({"sha1": archive.sha1, "members": n_members}))
     except Timeout as error:
         raise FmaNbError(
             f"Another process is downloading {archive.name} to {raw}: wait until it is done."

@@ -20,7 +20,7 @@ import pandas as pd
 from fma_nb.bulk.folders import clear_temporaries, locked
 from fma_nb.bulk.workers import run_locally
 from fma_nb.progress import Progress
-from fma_nb.project import FmaNbError, atomic_path, audio_dir, clip_path, data_dir, metadata_dir
+from fma_nb.project import FmaNbError, atomic_path, audio_dir, clip_path, data_dir, metadata_dir, write_text
 from fma_nb.raw.clips import DATASET, MiniConfig, PlannedTrack, plan_tracks, write_clip
 from fma_nb.raw.score import GENRES
 
@@ -78,8 +78,7 @@ def _start_over_if_changed(config: MiniConfig) -> None:
         for folder in (audio_dir(DATASET), *(data_dir() / "spectrograms").glob(f"{DATASET}-*")):
             if folder.exists():
                 shutil.rmtree(folder)
-        with atomic_path(metadata_dir(DATASET) / "mini.json") as temporary:
-            temporary.write_text(_record_text(config), encoding="utf-8")
+        write_text(metadata_dir(DATASET) / "mini.json", _record_text(config))
     clear_temporaries(audio_dir(DATASET))
 
 

@@ -18,7 +18,7 @@ from fma_nb import training
 from fma_nb.dataset import Pack
 from fma_nb.evaluation import EVALUATION_SPLITS, Metrics, evaluate_split
 from fma_nb.model import count_parameters
-from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, atomic_path, run_dir
+from fma_nb.project import SYNTHETIC_DATASETS, FmaNbError, run_dir, write_text
 from fma_nb.recipe import Recipe
 from fma_nb.runs.checkpoint import load_model, run_files
 from fma_nb.runs.fit import fit
@@ -90,8 +90,7 @@ def train_and_evaluate(
         "date": date.today().isoformat(),
         "seeds": results,
     } | split_facts(pack, splits)
-    with atomic_path(metrics_path(run, recipe.model)) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_text(metrics_path(run, recipe.model), json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 
