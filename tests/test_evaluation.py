@@ -330,7 +330,7 @@ def test_a_missing_or_damaged_metrics_file_is_named(content: bytes | None) -> No
 
 def test_trained_models_are_evaluated_on_demand(run: tuple[Tree, dict[str, Any]]) -> None:
     _, metrics = run
-    text = evaluate_run(RUN, "baseline", "fma_small", "compact", "test", "cpu")
+    text = evaluate_run(RUN, "baseline", load_pack("fma_small", "compact", needed=["test"]), "test", CPU)
     scores = [result["test"] for result in metrics["baseline"]["seeds"]]
     assert f"{np.mean([s['accuracy'] for s in scores]):.4f}" in text
     assert f"{np.mean([s['macro_f1'] for s in scores]):.4f}" in text

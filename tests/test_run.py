@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from conftest import assert_clean_progress, fma_nb
 
-from fma_nb.commands.notebooks import NOTEBOOKS, RunRequest, notebook_parameters, run_notebooks
+from fma_nb.commands.notebooks import NOTEBOOKS, notebook_parameters, run_notebooks
 from fma_nb.project import FmaNbError, project_root
 
 
@@ -111,10 +111,11 @@ def test_a_failing_cell_stops_the_run_and_is_named(whole_run, monkeypatch):
     (damaged / "baseline.json").write_text("{}")
     monkeypatch.setenv("FMA_NB_DATA", str(project_root() / "data"))
     monkeypatch.setenv("FMA_NB_OUTPUTS", str(outputs))
+    given = {"dataset": "fma_mini", "preset": "compact", "device": "auto"}
     with pytest.raises(
         FmaNbError, match=r"05_comparison failed in cell \d+: FmaNbError: .*baseline"
     ) as caught:
-        run_notebooks(RunRequest(run="damaged", only=("05",)))
+        run_notebooks(["05_comparison"], {**given, "run": "damaged"})
     partial = str(caught.value).split()[-1]
     assert any(
         output.output_type == "error"

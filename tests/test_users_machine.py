@@ -18,9 +18,8 @@ import soundfile as sf
 from conftest import assert_one_sentence, music, write_mp3, write_png_tree
 from jupyter_client.manager import start_new_kernel
 
-from fma_nb.commands.cli import main
-from fma_nb.commands.notebooks import RunRequest, _checked_parameters
-from fma_nb.commands.parameters import typed
+from fma_nb.commands.cli import main, typed
+from fma_nb.commands.notebooks import _checked_parameters
 from fma_nb.commands.predict import load_classifier, predict
 from fma_nb.project import FmaNbError, data_dir, outputs_dir, project_root
 from fma_nb.recipe import Recipe
@@ -157,8 +156,8 @@ def test_a_song_is_looked_for_where_the_command_was_typed(
     (here / "my.wav").touch()
     monkeypatch.setenv("HOME", str(here))
     for song in ("my.wav", "~/my.wav"):
-        request = RunRequest("fma_small", parameters=(("song", song),))
-        assert _checked_parameters(request, ["05_comparison"])["song"] == str(here / "my.wav")
+        given = {"dataset": "fma_small", "preset": "compact", "run": "fma_small", "device": "cpu"}
+        assert _checked_parameters(given | {"song": song})["song"] == str(here / "my.wav")
 
 
 def test_outputs_that_cannot_be_written_are_one_sentence_before_any_work(
@@ -192,7 +191,7 @@ assert main(["download", "metadata", "--archive", "wrong.zip"]) == 2
 
 
 def test_a_learning_rate_with_an_exponent_is_a_number_or_is_explained() -> None:
-    assert typed("lr", "5e-4", float) == 5e-4
+    assert typed([("lr", "5e-4")], {"lr": float}, "there is none") == {"lr": 5e-4}
     with pytest.raises(FmaNbError) as caught:
         Recipe(lr="5e-4")  # type: ignore[arg-type] # YAML 1.1 makes it a text
     assert_one_sentence(caught.value, "lr='5e-4'", "5.0e-4")

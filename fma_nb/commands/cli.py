@@ -1,33 +1,21 @@
 """The command line: ``fma-nb`` and ``python -m fma_nb``."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
-from fma_nb import __version__
-from fma_nb.project import (
-    DATASETS,
-    SHIPPED_WEIGHTS,
-    SPLITS,
-    FmaNbError,
-    data_dir,
-    outputs_dir,
-    run_dir,
-    spectrogram_dir,
-    user_path,
-)
+from fma_nb import __version__, project
+from fma_nb.project import FmaNbError, run_dir, user_path
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+Parser = argparse.ArgumentParser
+Command = Callable[[argparse.Namespace], None]
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+ADDRESS = "tcp://HOST:PORT"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,38 +23,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _write_any_text()
     try:
         options = _parser().parse_args(arguments)
-        _fix_folders(options)
+        # A relative folder means the one where the command was typed; a notebook's kernel runs elsewhere.
+        os.environ["FMA_NB_DATA"] = str(getattr(options, "data", project.data_dir()))
+        os.environ["FMA_NB_OUTPUTS"] = str(getattr(options, "outputs", project.outputs_dir()))
         options.command(options)
         if sys.stdout is not None:
             sys.stdout.flush()
     except FmaNbError as error:
         print(f"fma-nb: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # its reader, such as head, has seen enough
-        _discard_output()
-        return 141
     except OSError as error:
-        print(f"fma-nb: {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
-        _discard_output()
-        return 2
+        seen_enough = isinstance(error, BrokenPipeError)  # the reader of the output, such as head, has
+        if not seen_enough:
+            print(f"fma-nb: {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lets the last flush succeed
+        return 141 if seen_enough else 2
     except KeyboardInterrupt:
         print("fma-nb: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
     return 0
-
-
-def _discard_output() -> None:
-    """Let Python's own last flush succeed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fix_folders(options: argparse.Namespace) -> None:
-    """Make the folders that the user has named mean the same in every process that this one starts.
-
-    A relative path means the folder where the command was typed; a notebook's kernel runs elsewhere.
-    """
-    os.environ["FMA_NB_DATA"] = str(getattr(options, "data", data_dir()))
-    os.environ["FMA_NB_OUTPUTS"] = str(getattr(options, "outputs", outputs_dir()))
 
 
 def _write_any_text() -> None:
@@ -76,15 +51,20 @@ def _write_any_text() -> None:
             stream.reconfigure(errors="backslashreplace" if stream.encoding.lower() == "utf-8" else "replace")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fma-nb",
-        description="Music genre classification on FMA-Small: data, spectrograms, notebooks, report.",
-    )
+def _parser() -> Parser:
+    about = "Music genre classification on FMA-Small: data, spectrograms, notebooks, report."
+    parser = argparse.ArgumentParser(prog="fma-nb", description=about)
     parser.add_argument("--version", action="version", version=f"fma-nb {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_data_commands, _add_run_commands, _add_ablate, _add_weights_commands):
-        add(commands)
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--dataset", default="fma_mini", help=f"one of {', '.join(project.DATASETS)}")
+    data.add_argument("--preset", default="compact", help="full or compact (default: compact)")
+    _add_data_commands(commands, data)
+    run = argparse.ArgumentParser(add_help=False, parents=[data])
+    run.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    _add_run_commands(commands, run)
+    _add_weights_commands(commands)
     for command in (parser, *commands.choices.values()):
         for name in ("data", "outputs"):
             text = f"the {name} folder (default: $FMA_NB_{name.upper()}, else {name}/)"
@@ -92,80 +72,70 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dataset", default="fma_mini", help=f"one of {', '.join(DATASETS)}")
-    command.add_argument("--preset", default="compact", help="full or compact (default: compact)")
+def _add(commands: Commands, function: Command, about: str, *shared: Parser) -> Parser:
+    """Add a command with the name of its function."""
+    command = commands.add_parser(function.__name__.strip("_"), help=about, parents=shared)
+    command.set_defaults(command=function)
+    return command
 
 
-def _add_run_options(command: argparse.ArgumentParser) -> None:
-    _add_data_options(command)
-    command.add_argument("--run", default="", help="name of the run folder (default: the dataset's)")
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-
-
-def _add_parameters(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help=f"{what}, e.g. -p epochs 20; may be repeated",
-    )
-
-
-def _add_data_commands(commands: Commands) -> None:
+def _add_data_commands(commands: Commands, shared: Parser) -> None:
     from fma_nb.raw.download import ARCHIVES, FMA_URL
 
-    command = commands.add_parser("download", help="download and verify FMA's archives")
+    command = _add(commands, _download, "download and verify FMA's archives")
     command.add_argument("names", nargs="+", choices=ARCHIVES, metavar="NAME", help=", ".join(ARCHIVES))
     command.add_argument("--url", default=FMA_URL, help="folder to download from (default: %(default)s)")
     command.add_argument("--archive", type=user_path, help="use this zip file instead of downloading")
-    command.set_defaults(command=_download)
-    command = commands.add_parser("mini", help="make fma_mini, the synthetic dataset")
+    command = _add(commands, _mini, "make fma_mini, the synthetic dataset")
     command.add_argument("--workers", type=int, help="processes (default: all cores)")
-    command.set_defaults(command=_mini)
-    command = commands.add_parser("spectrograms", help="make the spectrogram PNGs of a dataset")
-    _add_data_options(command)
+    command = _add(commands, _spectrograms, "make the spectrogram PNGs of a dataset", shared)
     where = command.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="processes (default: all cores)")
-    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="use this Dask scheduler's workers")
+    where.add_argument("--scheduler", metavar=ADDRESS, help="use this Dask scheduler's workers")
     command.add_argument("--partial", action="store_true", help="go on though a split lacks a genre")
-    command.set_defaults(command=_spectrograms)
 
 
-def _add_run_commands(commands: Commands) -> None:
-    command = commands.add_parser("run", help="execute the notebooks and write the report")
-    _add_run_options(command)
-    command.add_argument("--only", default="", help="numbers of the notebooks to run, e.g. 03,04")
-    command.add_argument("--kernel", default="", help="Jupyter kernel (default: fma-nb, else python3)")
-    _add_parameters(command, "a parameter of the notebooks")
-    command.set_defaults(command=_run)
-    command = commands.add_parser("report", help="write a run's report again")
-    command.add_argument("--run", default="fma_mini", help="name of the run folder")
-    command.set_defaults(command=_report)
-    command = commands.add_parser("evaluate", help="evaluate a trained model on a split")
-    _add_run_options(command)
-    names = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled"
-    command.add_argument("--model", default="crnn", help=f"{names} (default: crnn)")
-    command.add_argument("--split", default="val", choices=SPLITS)
-    command.add_argument("--rows", default="", help="rows of an ablation and the package's weights, as CSV")
-    command.set_defaults(command=_evaluate)
+def _add_run_commands(commands: Commands, shared: Parser) -> None:
+    run = _add(commands, _run, "execute the notebooks and write the report", shared)
+    text = "numbers of the notebooks to run, e.g. 03,04"
+    run.add_argument("--only", type=_names, default=[], help=text)
+    run.add_argument("--kernel", default="", help="Jupyter kernel (default: fma-nb, else python3)")
+    report = _add(commands, _report, "write a run's report again")
+    report.add_argument("--run", default="fma_mini", help="name of the run folder")
+    evaluate = _add(commands, _evaluate, "evaluate a trained model on a split", shared)
+    text = "baseline, crnn, crnn_no_gru, crnn_lstm, crnn_one_way or crnn_shuffled (default: crnn)"
+    evaluate.add_argument("--model", default="crnn", help=text)
+    evaluate.add_argument("--split", default="val", choices=project.SPLITS)
+    text = "rows of an ablation and the package's weights, as CSV"
+    evaluate.add_argument("--rows", type=_names, default=[], help=text)
+    ablate = _add(commands, _ablate, "train the final recipe without each of its ingredients", shared)
+    text = "rows of the table, e.g. final,no_gru (default: all)"
+    ablate.add_argument("--rows", type=_names, default=[], help=text)
+    ablate.add_argument("--seeds", type=int, help="seeds a row (default: 3; 1 with --folds)")
+    ablate.add_argument("--folds", type=int, default=0, help="folds by artist over train and val (e.g. 5)")
+    where = ablate.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, help="trainings side by side (default: all cores; 1 on a GPU)")
+    where.add_argument("--scheduler", default="", metavar=ADDRESS, help="train on this Dask cluster")
+    pair: dict[str, Any] = {"nargs": 2, "metavar": ("NAME", "VALUE"), "action": "append", "default": []}
+    for command, what in ((run, "a parameter of the notebooks"), (ablate, "change the final recipe")):
+        text = f"{what}, e.g. -p epochs 20; may be repeated"
+        command.add_argument("-p", dest="parameters", help=text, **pair)
 
 
 def _add_weights_commands(commands: Commands) -> None:
-    command = commands.add_parser("export", help="write a trained model's weights for 'predict'")
+    command = _add(commands, _export, "write a trained model's weights for 'predict'")
     command.add_argument("--run", default="fma_small", help="name of the run folder")
     command.add_argument("--model", default="crnn", help="the model of that run (default: crnn)")
     command.add_argument("--out", type=user_path, help="file to write (default: outputs/<run>/<model>.pt)")
-    command.set_defaults(command=_export)
-    command = commands.add_parser("predict", help="tell the genre of any audio file")
-    files = "MP3, OGG, FLAC, WAV, AIFF; or a folder of them"
-    command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help=files)
+    command = _add(commands, _predict, "tell the genre of any audio file")
+    text = "MP3, OGG, FLAC, WAV, AIFF; or a folder of them"
+    command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help=text)
     command.add_argument("--weights", type=user_path, help="weights of 'export' (default: the package's)")
     command.add_argument("--json", action="store_true", help="print a JSON object a line")
-    command.set_defaults(command=_predict)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -189,7 +159,7 @@ def _spectrograms(options: argparse.Namespace) -> None:
 
     places = {"workers": options.workers, "scheduler": options.scheduler}
     skipped = make_spectrograms(options.dataset, options.preset, partial=options.partial, **places)
-    print(f"The spectrograms are in {_shown(spectrogram_dir(options.dataset, options.preset))}")
+    print(f"The spectrograms are in {_shown(project.spectrogram_dir(options.dataset, options.preset))}")
     print(f"{len(skipped)} clips were skipped" + (":" if len(skipped) else "."))
     for row in skipped.head(20).itertuples():
         print(f"  {_shown(Path(row.path))}: {row.reason}")
@@ -198,11 +168,14 @@ def _spectrograms(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fma_nb.commands.notebooks import RunRequest, run_notebooks
+    from fma_nb.commands.notebooks import chosen_notebooks, notebook_parameters, run_notebooks
 
-    options.only = tuple(filter(None, options.only.split(",")))
-    request = RunRequest(**{field.name: getattr(options, field.name) for field in fields(RunRequest)})
-    print(f"Done. Open {_shown(run_notebooks(request))} in a browser.")
+    names = chosen_notebooks(options.only)
+    types = {key: type(value) for name in names for key, value in notebook_parameters(name).items()}
+    given = {key: getattr(options, key) for key in ("dataset", "preset", "device")}
+    given["run"] = options.run or options.dataset
+    given |= typed(options.parameters, types, "none of the chosen notebooks has it; they have")
+    print(f"Done. Open {_shown(run_notebooks(names, given, options.kernel))} in a browser.")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -212,51 +185,38 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from fma_nb.bulk.pack import load_pack
     from fma_nb.commands.evaluate import evaluate_rows, evaluate_run
+    from fma_nb.training import resolve_device
 
-    run, data = options.run or options.dataset, (options.dataset, options.preset, options.split)
-    if rows := list(filter(None, options.rows.split(","))):
-        print("Written:", *map(_shown, evaluate_rows(run, rows, *data, options.device)), sep="\n  ")
+    run, split, device = options.run or options.dataset, options.split, resolve_device(options.device)
+    pack = load_pack(options.dataset, options.preset, needed=[split])
+    if options.rows:
+        print("Written:", *map(_shown, evaluate_rows(run, options.rows, pack, split, device)), sep="\n  ")
     else:
-        print(evaluate_run(run, options.model, *data, options.device))
-
-
-def _add_ablate(commands: Commands) -> None:
-    command = commands.add_parser("ablate", help="train the final recipe without each of its ingredients")
-    _add_run_options(command)
-    command.add_argument("--rows", default="", help="rows of the table, e.g. final,no_gru (default: all)")
-    command.add_argument("--seeds", type=int, help="seeds a row (default: 3; 1 with --folds)")
-    command.add_argument("--folds", type=int, default=0, help="folds by artist over train and val (e.g. 5)")
-    where = command.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, help="trainings side by side (default: all cores; 1 on a GPU)")
-    where.add_argument(
-        "--scheduler", default="", metavar="tcp://HOST:PORT", help="train on this Dask cluster"
-    )
-    _add_parameters(command, "change the final recipe")
-    command.set_defaults(command=_ablate)
+        print(evaluate_run(run, options.model, pack, split, device))
 
 
 def _ablate(options: argparse.Namespace) -> None:
     from fma_nb.bulk.pack import load_pack
-    from fma_nb.commands.parameters import changed_recipe
-    from fma_nb.recipe import default_recipe
+    from fma_nb.recipe import Recipe, default_recipe
     from fma_nb.runs.ablation import ALL_ROWS, ablation_table, run_ablation, write_tables
     from fma_nb.training import resolve_device
 
     run, device = options.run or options.dataset, resolve_device(options.device)
+    seeds = 1 if options.folds else 3
+    jobs = 1 if device.type == "cuda" else os.cpu_count() or 1
+    types = {field.name: type(field.default) for field in fields(Recipe)} | {"warmup": float}
+    changes = typed(options.parameters, types, "the recipe has no such field; it has")
     run_ablation(
         load_pack(options.dataset, options.preset),
         run,
-        list(filter(None, options.rows.split(","))) or ALL_ROWS,
-        changed_recipe(default_recipe("crnn"), options.parameters),
+        options.rows or ALL_ROWS,
+        replace(default_recipe("crnn"), **changes),
         device,
-        n_seeds=options.seeds if options.seeds is not None else 1 if options.folds else 3,
+        n_seeds=seeds if options.seeds is None else options.seeds,
         n_folds=options.folds,
-        jobs=options.jobs
-        if options.jobs is not None
-        else 1
-        if device.type == "cuda"
-        else os.cpu_count() or 1,
+        jobs=jobs if options.jobs is None else options.jobs,
         scheduler=options.scheduler,
     )
     table = ablation_table(run, options.folds)
@@ -264,10 +224,10 @@ def _ablate(options: argparse.Namespace) -> None:
     print(table[shown].round(4).to_string(index=False))
     if len(table) > 1:
         _draw_ablation(run, table, options.folds)
-    print("Written:", *(_shown(path) for path in write_tables(run, table, options.folds)), sep="\n  ")
+    print("Written:", *map(_shown, write_tables(run, table, options.folds)), sep="\n  ")
 
 
-def _draw_ablation(run: str, table: pd.DataFrame, n_folds: int) -> None:
+def _draw_ablation(run: str, table: Any, n_folds: int) -> None:
     import matplotlib.pyplot as plt
 
     from fma_nb.plots import ablation_plot, save_figure, use_style
@@ -275,9 +235,8 @@ def _draw_ablation(run: str, table: pd.DataFrame, n_folds: int) -> None:
     use_style()
     figure, ax = plt.subplots(figsize=(8, 1 + 0.36 * len(table)))
     ablation_plot(ax, table).set_title("One thing changed (seeds)")
-    clips = f"{n_folds} folds by artist" if n_folds else "validation"
+    name, clips = ("12_folds", f"{n_folds} folds by artist") if n_folds else ("11_ablation", "validation")
     caption = f"Ablation on {clips}: change in accuracy with 95 % intervals when one thing is changed."
-    name = "12_folds" if n_folds else "11_ablation"
     save_figure(figure, run, name, caption)
     print(f"The table is drawn in {_shown(run_dir(run) / 'figures' / f'{name}.png')}")
 
@@ -295,10 +254,22 @@ def _export(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from fma_nb.commands.predict import load_classifier, print_predictions
 
-    classifier = load_classifier(options.weights or SHIPPED_WEIGHTS)
-    n_failed = print_predictions(options.songs, classifier, as_json=options.json)
-    if n_failed:
-        raise FmaNbError(f"{n_failed} file(s) have no answer: see the reasons above.")
+    classifier = load_classifier(options.weights or project.SHIPPED_WEIGHTS)
+    print_predictions(options.songs, classifier, as_json=options.json)
+
+
+def typed(texts: Iterable[tuple[str, str]], types: Mapping[str, type], unknown: str) -> dict[str, Any]:
+    """Turn the texts of ``-p NAME VALUE`` into values; ``unknown`` tells of names without a type."""
+    values: dict[str, Any] = {}
+    for name, text in texts:
+        if name not in types:
+            raise FmaNbError(f"-p {name}: {unknown} {', '.join(sorted(types))}.")
+        kind = types[name]
+        try:
+            values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
+            raise FmaNbError(f"-p {name} {text}: not a value of type {kind.__name__}.") from error
+    return values
 
 
 def _shown(path: Path) -> str:

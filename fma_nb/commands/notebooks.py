@@ -4,13 +4,11 @@ An executed notebook is kept with a key over everything it depends on: its sourc
 package's code, the data and the metrics it reads. While the key holds, the notebook is not run again.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,19 @@ from papermill.exceptions import PapermillExecutionError
 from fma_nb import project
 from fma_nb.bulk.folders import check_writable
 from fma_nb.bulk.pack import load_pack, scan_pngs
-from fma_nb.commands.parameters import typed
 from fma_nb.commands.report import write_report
 from fma_nb.metadata import load_index
-from fma_nb.project import FmaNbError
+from fma_nb.project import FmaNbError, run_dir
 from fma_nb.raw.mini import make_fma_mini
 from fma_nb.recipe import Recipe
-from fma_nb.runs.experiment import chosen_split, evaluation_splits, versions
+from fma_nb.runs.experiment import chosen_split, evaluation_splits, metrics_path, versions
 from fma_nb.spectrogram import get_preset
 from fma_nb.training import device_name, resolve_device
 
-NOTEBOOKS = ("01_eda", "02_spectrograms", "03_baseline", "04_crnn", "05_comparison")
-KERNEL = "fma-nb"
-
-# The metrics a notebook writes or reads: when they change or vanish, it has to run again.
-_METRICS = {
+# Each notebook with the metrics that it writes or reads: when they change or vanish, it has to run again.
+NOTEBOOKS: dict[str, tuple[str, ...]] = {
+    "01_eda": (),
+    "02_spectrograms": (),
     "03_baseline": ("baseline",),
     "04_crnn": ("crnn", "crnn_no_gru"),
     "05_comparison": ("baseline", "crnn", "crnn_no_gru"),
@@ -44,44 +40,25 @@ _METRICS = {
 _NEEDS_AUDIO = ("01_eda", "02_spectrograms")
 
 
-@dataclass(frozen=True)
-class RunRequest:
-    """What ``fma-nb run`` was asked for; ``parameters`` are the notebooks' own, as texts."""
-
-    dataset: str = "fma_mini"
-    preset: str = "compact"
-    run: str = ""
-    device: str = "auto"
-    only: tuple[str, ...] = ()
-    kernel: str = ""
-    parameters: tuple[tuple[str, str], ...] = ()
-
-
-def run_notebooks(request: RunRequest) -> Path:
+def run_notebooks(names: Sequence[str], parameters: dict[str, Any], kernel: str = "") -> Path:
     """Run the notebooks that are not up to date; write their HTML and return the report's ``index.html``.
 
-    Raises
-    ------
-    FmaNbError
-        Before any work for a wrong parameter or missing data; or with the cell, the error and the
-        half-run notebook when a cell fails.
+    Each takes those of the parameters that it has; dataset, preset, run and device are among them.
+    `FmaNbError` before any work for a wrong parameter or missing data; or with the cell, the error and the
+    half-run notebook when a cell fails.
     """
-    if not _source(NOTEBOOKS[0]).exists():
-        raise FmaNbError(
-            "The notebooks are not part of an installed package: clone the project and run the command there."
-        )
-    names = _chosen(request.only)
-    parameters = _checked_parameters(request, names)
-    run = parameters["run"]
-    kernel = _checked_kernel(request.kernel)
-    check_writable(project.run_dir(run))
-    if request.dataset in project.SYNTHETIC_DATASETS:
+    parameters, run = _checked_parameters(parameters), parameters["run"]
+    kernel = _checked_kernel(kernel)
+    check_writable(run_dir(run))
+    if parameters["dataset"] in project.SYNTHETIC_DATASETS:
         make_fma_mini()
-    _check_data(request, names, parameters)
+    _check_data(names, parameters)
     for i, name in enumerate(names, 1):
-        own = {k: v for k, v in parameters.items() if k in notebook_parameters(name)}
-        executed = project.run_dir(run) / "notebooks" / f"{name}.ipynb"
-        is_up_to_date = executed.exists() and _recorded_key(executed) == _key(name, own, run)
+        own = {key: parameters[key] for key in notebook_parameters(name) if key in parameters}
+        executed = run_dir(run) / "notebooks" / f"{name}.ipynb"
+        is_up_to_date = executed.exists() and (
+            nbformat.read(executed, as_version=4).metadata.get("fma_nb") == {"key": _key(name, own, run)}
+        )
         print(f"[{i}/{len(names)}] {name}: {'up to date' if is_up_to_date else 'running'}", flush=True)
         if not is_up_to_date:
             _execute(name, own, run, kernel, executed)
@@ -98,51 +75,40 @@ def notebook_parameters(name: str) -> dict[str, Any]:
     return {key: ast.literal_eval(entry["default"]) for key, entry in found.items()}
 
 
-def _chosen(only: Sequence[str]) -> list[str]:
+def chosen_notebooks(only: Sequence[str]) -> list[str]:
+    """Return the names of the notebooks with these numbers, of all without any; `FmaNbError` for another."""
+    if not _source("01_eda").exists():
+        raise FmaNbError(
+            "The notebooks are not part of an installed package: clone the project and run the command there."
+        )
     numbers = {text.strip().zfill(2)[:2] for text in only}
-    unknown = numbers - {name[:2] for name in NOTEBOOKS}
-    if unknown:
+    if numbers - {name[:2] for name in NOTEBOOKS}:
         raise FmaNbError(f"--only {', '.join(only)}: choose among 01, 02, 03, 04, 05.")
     return [name for name in NOTEBOOKS if not only or name[:2] in numbers]
 
 
-def _checked_parameters(request: RunRequest, names: Sequence[str]) -> dict[str, Any]:
-    """Turn the texts into values of the declared types, and refuse what cannot work."""
-    project.check_dataset(request.dataset)
-    get_preset(request.preset)
-    declared: dict[str, Any] = {}
-    for name in names:
-        declared |= notebook_parameters(name)
-    given = {key: getattr(request, key) for key in ("dataset", "preset", "device")}
-    given["run"] = request.run or request.dataset
-    project.run_dir(given["run"])
-    for name, text in request.parameters:
-        if name not in declared:
-            known = ", ".join(sorted(declared))
-            raise FmaNbError(f"-p {name}: none of the chosen notebooks has it; they have {known}.")
-        given[name] = typed(name, text, type(declared[name]))
+def _checked_parameters(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters with a path that means the same everywhere, or refuse what cannot work."""
+    project.check_dataset(given["dataset"])
+    get_preset(given["preset"])
+    run_dir(given["run"])
     if given.get("song"):
-        given["song"] = str(project.user_path(given["song"]))
+        given = given | {"song": str(project.user_path(given["song"]))}
         if not Path(given["song"]).is_file():
             raise FmaNbError(f"-p song {given['song']}: there is no such file.")
-    _check_values(given)
-    return given
-
-
-def _check_values(given: dict[str, Any]) -> None:
-    training = {key: given[key] for key in ("epochs", "batch_size", "lr") if key in given}
-    replace(Recipe(), **training)
+    replace(Recipe(), **{key: given[key] for key in ("epochs", "batch_size", "lr") if key in given})
     resolve_device(given["device"], given.get("gpu_memory_fraction", 1.0))
     chosen_split(given["dataset"], given.get("evaluation_split", ""))
     if given.get("n_seeds", 1) < 1:
         raise FmaNbError(f"n_seeds={given['n_seeds']} must be at least 1.")
+    return given
 
 
-def _check_data(request: RunRequest, names: Sequence[str], parameters: dict[str, Any]) -> None:
+def _check_data(names: Sequence[str], parameters: dict[str, Any]) -> None:
     if any(name in _NEEDS_AUDIO for name in names):
-        load_index(request.dataset)
+        load_index(parameters["dataset"])
     if "02_spectrograms" not in names and names[-1] not in _NEEDS_AUDIO:
-        pack = load_pack(request.dataset, request.preset)
+        pack = load_pack(parameters["dataset"], parameters["preset"])
         evaluation_splits(pack, parameters.get("evaluation_split", ""))
 
 
@@ -150,11 +116,7 @@ def _checked_kernel(name: str) -> str:
     installed = sorted(KernelSpecManager().find_kernel_specs())
     if name and name not in installed:
         raise FmaNbError(f"--kernel {name} is not installed: choose among {', '.join(installed)}.")
-    return name or (KERNEL if KERNEL in installed else "python3")
-
-
-def _recorded_key(path: Path) -> str:
-    return nbformat.read(path, as_version=4).metadata.get("fma_nb", {}).get("key", "")
+    return name or ("fma-nb" if "fma-nb" in installed else "python3")
 
 
 def _key(name: str, parameters: dict[str, Any], run: str) -> str:
@@ -166,7 +128,11 @@ def _key(name: str, parameters: dict[str, Any], run: str) -> str:
     for path in sorted((project.project_root() / "fma_nb").rglob("*")):
         if path.suffix in (".py", ".toml"):
             digest.update(path.read_bytes())
-    digest.update(_data_state(parameters["dataset"], parameters.get("preset")).encode())
+    tracks_csv = project.metadata_dir(parameters["dataset"]) / "tracks.csv"
+    digest.update(str(tracks_csv.stat().st_size if tracks_csv.exists() else 0).encode())
+    if "preset" in parameters:
+        folder = project.spectrogram_dir(parameters["dataset"], parameters["preset"])
+        digest.update(scan_pngs(folder).to_csv().encode())
     for path in _files_read(name, parameters, run):
         digest.update(f"{path.name}".encode() + (path.read_bytes() if path.is_file() else b"missing"))
     return digest.hexdigest()
@@ -174,20 +140,12 @@ def _key(name: str, parameters: dict[str, Any], run: str) -> str:
 
 def _files_read(name: str, parameters: dict[str, Any], run: str) -> list[Path]:
     """List what a notebook reads beside its dataset: metrics, and for the comparison whatever it shows."""
-    paths = [project.run_dir(run) / "metrics" / f"{model}.json" for model in _METRICS.get(name, ())]
+    paths = [metrics_path(run, model) for model in NOTEBOOKS[name]]
     if name == "05_comparison":
-        paths += sorted(project.run_dir(run).glob("ablation/*/metrics/*.json"))
-        paths.append(project.SHIPPED_WEIGHTS)
+        paths += [*sorted(run_dir(run).glob("ablation/*/metrics/*.json")), project.SHIPPED_WEIGHTS]
     if parameters.get("song"):
         paths.append(Path(parameters["song"]))
     return paths
-
-
-def _data_state(dataset: str, preset: str | None) -> str:
-    """Tell one state of a dataset from another: its metadata, and its spectrograms where they matter."""
-    tracks_csv = project.metadata_dir(dataset) / "tracks.csv"
-    state = str(tracks_csv.stat().st_size if tracks_csv.exists() else 0)
-    return state + scan_pngs(project.spectrogram_dir(dataset, preset)).to_csv() if preset else state
 
 
 def _execute(name: str, parameters: dict[str, Any], run: str, kernel: str, path: Path) -> None:

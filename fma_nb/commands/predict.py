@@ -4,8 +4,6 @@ The shipped CRNN was trained on FMA-Small; ``fma_nb/weights/README.md`` is its m
 length is cut into windows of 30 s, as long as the clips it was trained on, and their answers are averaged.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -27,8 +25,7 @@ from fma_nb.runs.experiment import read_metrics
 from fma_nb.spectrogram import get_preset, log_mel, to_grey
 
 SHIPPED_KEYS = ("model_state", "config", "genres", "preset", "image_shape", "epoch", "val_accuracy")
-# Nearly all of FMA's clips have it, so their mel bands mean these frequencies; Hz.
-USUAL_RATE = 44_100
+USUAL_RATE = 44_100  # Hz; nearly all of FMA's clips have it, so their mel bands mean these frequencies
 WINDOWS_AT_ONCE = 16
 AUDIO_ENDINGS = {".mp3", ".ogg", ".oga", ".opus", ".flac", ".wav", ".aif", ".aiff", ".au", ".caf", ".w64"}
 
@@ -49,8 +46,7 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> Classifier:
     temperature = saved.get("temperature", 1.0)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise FmaNbError(f"{path} has temperature {temperature!r}, which must be a number above 0.")
-    network = network_of(saved, path)
-    return Classifier(network, tuple(saved["genres"]), saved["preset"], temperature)
+    return Classifier(network_of(saved, path), tuple(saved["genres"]), saved["preset"], temperature)
 
 
 def predict(path: str | Path, classifier: Classifier | None = None) -> dict[str, float]:
@@ -78,47 +74,39 @@ def _window_probabilities(path: Path, classifier: Classifier) -> Iterator[Tensor
 
 
 def audio_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the files as they are, and of each folder the audio files below it, ordered by name.
-
-    A folder without any is yielded itself, so that its reason is told.
-    """
+    """Yield the files, and instead of a folder the audio files below it, by name, if it has any."""
     for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
         below = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in AUDIO_ENDINGS)
         yield from below or [path]
 
 
-def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json: bool) -> int:
-    """Print the answer for every file as soon as it is known; return how many have none, only a reason."""
+def print_predictions(paths: Iterable[Path], classifier: Classifier, *, as_json: bool) -> None:
+    """Print the answer for every file as soon as it is known, or the reason why it has none."""
     n_failed = 0
     for path in audio_files(paths):
+        answer: dict[str, Any] = {"file": str(path)}
         try:
-            probabilities = predict(path, classifier)
-            answer: dict[str, Any] = {"file": str(path), "probabilities": probabilities}
-            text = f"{path}\n{bar_chart(probabilities)}"
+            answer["probabilities"] = predict(path, classifier)
+            text = f"{path}\n{bar_chart(answer['probabilities'])}"
         except FmaNbError as error:
             n_failed += 1
-            answer, text = {"file": str(path), "error": str(error)}, str(error)
+            answer["error"] = text = str(error)
         print(json.dumps(answer) if as_json else text, flush=True)
-    return n_failed
-
-
-def export_weights(run: str, model: str, path: Path) -> float:
-    """Write the first seed's best weights of a run; return their temperature, fitted on validation.
-
-    Above 1 the network was too sure of itself.
-    """
-    metrics = read_metrics(run, [model])[model]
-    seed = metrics["config"]["seed"]
-    saved = load_checkpoint(run_files(run, model, seed, seed).best)
-    temperature = fit_temperature(*probabilities_and_labels(metrics, "val"))
-    save_checkpoint(path, {key: saved[key] for key in SHIPPED_KEYS} | {"temperature": temperature})
-    return temperature
+    if n_failed:
+        raise FmaNbError(f"{n_failed} file(s) have no answer: see the reasons above.")
 
 
 def bar_chart(probabilities: dict[str, float], width: int = 30) -> str:
     """Return the probabilities as a small bar chart of text, the most likely genre first."""
     ordered = sorted(probabilities.items(), key=lambda item: -item[1])
     return "\n".join(f"  {genre:<14}{p:5.2f}  {'█' * round(width * p)}".rstrip() for genre, p in ordered)
+
+
+def export_weights(run: str, model: str, path: Path) -> float:
+    """Write the first seed's best weights of a run; return their temperature, fitted on validation."""
+    metrics = read_metrics(run, [model])[model]
+    seed = metrics["config"]["seed"]
+    saved = load_checkpoint(run_files(run, model, seed, seed).best)
+    temperature = fit_temperature(*probabilities_and_labels(metrics, "val"))
+    save_checkpoint(path, {key: saved[key] for key in SHIPPED_KEYS} | {"temperature": temperature})
+    return temperature

@@ -3,29 +3,26 @@
 Everything is inside the files themselves: the page opens by double click and fetches nothing.
 """
 
-from __future__ import annotations
-
 import base64
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import nbformat
+import pandas as pd
 from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
 from fma_nb import evaluation
-from fma_nb.evaluation import Estimate, Metrics
+from fma_nb.evaluation import Metrics
 from fma_nb.plots import MODEL_NAMES
 from fma_nb.project import FmaNbError, atomic_path, run_dir
 from fma_nb.runs.ablation import SAME_RECIPE, read_row
 from fma_nb.runs.experiment import read_metrics
 
 _TEMPLATES = Path(__file__).parent
-_SHOWN_CONFIG = ("dataset", "preset", "device", "date", "fingerprint")
 _COMPARED = ("baseline", SAME_RECIPE, "crnn_no_gru")  # with the CRNN
 _PIXEL_RATIO = 1.8  # dots of a stored figure for one of the page: as large as in the notebooks, and sharp
 
@@ -36,26 +33,24 @@ def write_report(run: str) -> Path:
     notebooks = sorted(p for p in (folder / "notebooks").glob("*.ipynb") if ".partial" not in p.name)
     if not notebooks:
         raise FmaNbError(f"{folder} holds no executed notebooks: run 'fma-nb run --run {run}' first.")
-    report_dir = folder / "report"
-    pages = [_write_page(path, report_dir) for path in notebooks]
-    models = sorted(path.stem for path in (folder / "metrics").glob("*.json"))
-    found = {model: read_metrics(run, [model])[model] for model in models}
+    pages = [_write_page(path, folder / "report") for path in notebooks]
+    found = {p.stem: read_metrics(run, [p.stem])[p.stem] for p in (folder / "metrics").glob("*.json")}
     if same_recipe := read_row(run, SAME_RECIPE):
-        found = dict(sorted({**found, SAME_RECIPE: same_recipe[0]}.items()))
-    metrics = list(found.values())
+        found[SAME_RECIPE] = same_recipe[0]
+    shown = {MODEL_NAMES.get(model, model): metrics for model, metrics in sorted(found.items())}
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = templates.get_template("report.html.j2").render(
         run=run,
         pages=pages,
-        results=_results(found),
+        models=list(shown.values()),
+        # Tables as columns, each a row of the page: the models stand side by side, so they fit a phone.
+        results=evaluation.result_summary(shown).to_dict("list"),
+        settings=_settings(shown).to_dict("list"),
         verdict=_verdict(found),
-        synthetic=any(m["synthetic"] for m in metrics),
-        figures=list(_figures(folder / "figures")),
-        facts=_facts(metrics),
-        settings=_settings(found),
+        figures=[_figure(path) for path in sorted((folder / "figures").glob("*.png"))],
     )
-    return _write(report_dir / "index.html", html)
+    return _write(folder / "report" / "index.html", html)
 
 
 def _write(path: Path, html: str) -> Path:
@@ -69,9 +64,6 @@ def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
     _describe_images(notebook.cells)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = cell.source.replace(".ipynb)", ".html)")
     exporter = HTMLExporter(
         template_name="basic",
         template_file="notebook.html.j2",
@@ -82,15 +74,13 @@ def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
     resources = {"metadata": {"name": title}, "code_style": _code_style()}
     html, _ = exporter.from_notebook_node(notebook, resources)
     html = re.sub("<table.*?</table>", r'<div class="scroll">\g<0></div>', html, flags=re.DOTALL)
+    html = html.replace('.ipynb">', '.html">')  # from page to page
     page = _write(report_dir / f"{path.stem}.html", html)
     return {"href": page.name, "title": title}
 
 
 def _describe_images(cells: list[nbformat.NotebookNode]) -> None:
-    """Give each picture its alternative text: the caption after it, else what announces it.
-
-    A caption stands in italics at the start of the next text cell.
-    """
+    """Give each picture its alternative text: the caption in italics after it, else what announces it."""
     texts = [cell.source if cell.cell_type == "markdown" else "" for cell in cells]
     for i, cell in enumerate(cells):
         caption = re.match(r"\*(.+?)\*(?=\s|$)", next(filter(None, texts[i:]), ""), re.DOTALL)
@@ -107,10 +97,11 @@ def _code_style() -> str:
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
 
 
-def _results(found: dict[str, Metrics]) -> dict[str, list[str]]:
-    """Return the result table: the names of the models, then a row a quantity. So it fits a phone."""
-    table = evaluation.result_summary({_shown_name(model): metrics for model, metrics in found.items()})
-    return {name: list(table[name]) for name in table}
+def _settings(shown: dict[str, Metrics]) -> pd.DataFrame:
+    """Return the training configurations, a line a model."""
+    configs = [{"setting": name} | metrics["config"] for name, metrics in shown.items()]
+    texts = [{key: str(value) for key, value in config.items() if key != "model"} for config in configs]
+    return pd.DataFrame(texts).fillna("")
 
 
 def _verdict(found: dict[str, Metrics]) -> dict[str, Any]:
@@ -120,61 +111,25 @@ def _verdict(found: dict[str, Metrics]) -> dict[str, Any]:
     if not others:
         return {}
     split = next(split for split in reversed(evaluation.EVALUATION_SPLITS) if split in ours["labels"])
-    correct = evaluation.correct_matrix(ours, split)
-    artists = evaluation.clip_table(ours, split)["artist"].tolist()
-    genres = evaluation.clip_table(ours, split)["genre"].tolist()
-
-    def ahead_of(name: str, genres: list[str] | None = None) -> Estimate:
-        theirs = evaluation.correct_matrix(found[name], split)
-        return evaluation.paired_difference(correct, theirs, artists, genres)
-
+    clips = evaluation.clip_table(ours, split)
+    artists, genres = clips["artist"].tolist(), clips["genre"].tolist()
+    correct, differences = evaluation.correct_matrix(ours, split), {}
+    for name in others:
+        pair = (correct, evaluation.correct_matrix(found[name], split), artists)
+        estimates = [evaluation.paired_difference(*pair, weighted_by) for weighted_by in (None, genres)]
+        differences[MODEL_NAMES[name]] = estimates  # in accuracy, and in artist-balanced accuracy
     return {
         "split": split,
         "clips": len(artists),
         "artists": len(set(artists)) if max(artists) >= 0 else 0,  # an unknown artist has a negative number
         "effective": round(evaluation.effective_artists(artists)),
-        "comparisons": [
-            (_in_words(ahead_of(name)), _shown_name(name), _shown(ahead_of(name))) for name in others
-        ],
-        "balanced": [(_shown_name(name), _shown(ahead_of(name, genres))) for name in others],
+        "differences": differences,
     }
 
 
-def _in_words(estimate: Estimate) -> str:
-    if estimate.low > 0:
-        return "is ahead of"
-    return "is behind" if estimate.high < 0 else "cannot be told apart from"
-
-
-def _shown(estimate: Estimate) -> str:
-    return str(estimate).replace("-", "−")
-
-
-def _shown_name(model: str) -> str:
-    return MODEL_NAMES.get(model, model)
-
-
-def _figures(folder: Path) -> Iterator[dict[str, str]]:
-    for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as image:
-            caption = str(image.info.get("Description", path.stem))
-            width, height = (str(round(side / _PIXEL_RATIO)) for side in image.size)
-        data = base64.b64encode(path.read_bytes()).decode()
-        source = f"data:image/png;base64,{data}"
-        yield {"src": source, "caption": caption, "width": width, "height": height}
-
-
-def _facts(metrics: list[Metrics]) -> list[tuple[str, str]]:
-    if not metrics:
-        return []
-    first = metrics[0]
-    facts = [(key, str(first[key])) for key in _SHOWN_CONFIG]
-    return facts + [(f"{name} version", version) for name, version in first["versions"].items()]
-
-
-def _settings(found: dict[str, Metrics]) -> dict[str, list[str]]:
-    """Return the training configurations: the names of the models, then a row a setting."""
-    configs = [metrics["config"] for metrics in found.values()]
-    names = {name: None for config in configs for name in config if name != "model"}
-    rows = {name: [str(config.get(name, "")) for config in configs] for name in names}
-    return {"setting": [_shown_name(model) for model in found]} | rows
+def _figure(path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        caption = image.info.get("Description", path.stem)
+        width, height = (round(side / _PIXEL_RATIO) for side in image.size)
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"src": f"data:image/png;base64,{data}", "caption": caption, "width": width, "height": height}
