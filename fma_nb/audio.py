@@ -55,29 +55,13 @@ def load_clip(
     seconds: float = CLIP_SECONDS,
     min_seconds: float = MIN_SECONDS,
 ) -> tuple[Samples, int]:
-    """Decode a clip, average its channels to mono, and resample it.
+    """Decode a clip, average its channels to mono, resample it; return samples [shape=(n_samples,)] and rate.
 
-    Parameters
-    ----------
-    path
-        Any audio file that libsndfile decodes: MP3, OGG, FLAC, WAV.
-    sample_rate
-        The rate to resample to in Hz; ``None`` keeps the file's own.
-    offset, seconds
-        Where to begin, and how much to read at most. However long a file is, it costs no more memory.
-    min_seconds
-        The shortest excerpt that is still worth classifying; 0 takes whatever is left of a broken file.
-
-    Returns
-    -------
-    samples [shape=(n_samples,)], sample_rate
-        Mono float32 samples, and their rate in Hz.
-
-    Raises
-    ------
-    UnreadableClipError
-        When the file cannot be decoded, is too short, holds less than its header promises, or has no sound
-        that can be used.
+    At most ``seconds`` are read, from ``offset`` on: however long a file is, it costs no more memory. The
+    samples are float32. ``sample_rate`` is the rate to resample to in Hz; ``None`` keeps the file's own.
+    ``min_seconds`` is the shortest excerpt that is still worth classifying; 0 takes whatever is left of a
+    broken file. Raises `UnreadableClipError` when the file cannot be decoded, is too short, holds less than
+    its header promises, or has no sound that can be used.
     """
     with open_audio(path) as audio:
         rate = audio.sample_rate

@@ -127,12 +127,8 @@ def make_loader(
         batch_size=batch_size,
         shuffle=shuffle,
         generator=torch.Generator().manual_seed(seed),
-        collate_fn=_already_a_batch,
+        collate_fn=lambda batch: batch,  # it is one already
     )
-
-
-def _already_a_batch(batch: Any) -> Any:
-    return batch
 
 
 def to_input(images: Tensor) -> Tensor:

@@ -159,14 +159,9 @@ def bootstrap_accuracy(
 ) -> Estimate:
     """Estimate accuracy with a percentile bootstrap over seeds and artists.
 
-    Parameters
-    ----------
-    correct [shape=(n_seeds, n_tracks)]
-        From `correct_matrix`.
-    artists [shape=(n_tracks,)]
-        Tracks of one artist are drawn together.
-    genres [shape=(n_tracks,)]
-        With them it is the artist-balanced accuracy: artists count equally within a genre, genres equally.
+    ``correct`` [shape=(n_seeds, n_tracks)] is from `correct_matrix`; tracks of one of the ``artists``
+    [shape=(n_tracks,)] are drawn together. With ``genres`` [shape=(n_tracks,)] it is the artist-balanced
+    accuracy: artists count equally within a genre, genres equally.
     """
     rng = np.random.default_rng(0)
     drawn = _draw(len(set(artists)), N_RESAMPLES, rng)

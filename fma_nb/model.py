@@ -120,23 +120,11 @@ class CRNN(nn.Module):
     The GRU's outputs are pooled over time by mean and by maximum. Reading only the last step would
     throw half of a bidirectional network away: its backward half has seen a single step there.
 
-    Parameters
-    ----------
-    n_classes, n_mels
-        Number of genres and of mel bands.
-    recurrence
-        ``gru``, ``lstm``, ``one_way`` (a GRU that reads forwards only), or ``none``, which pools the
-        features directly.
-    shuffle
-        Shuffle the frames of every clip first: the counter-experiment to the recurrence.
-    pooling
-        ``mean_max`` or ``mean`` over time.
-    band_norm
-        Standardise every mel band on its own before the first convolution.
-    width
-        Factor on the feature maps of the convolutions and the units of the GRU.
-    dropout
-        Share of the pooled features dropped before the linear layer.
+    ``recurrence`` is ``gru``, ``lstm``, ``one_way`` (a GRU that reads forwards only) or ``none``, which pools
+    the features directly. ``shuffle`` shuffles the frames of every clip first: the counter-experiment.
+    ``pooling`` over time is ``mean_max`` or ``mean``. With ``band_norm`` every mel band is standardised on
+    its own before the first convolution. ``width`` is a factor on the feature maps of the convolutions and
+    the units of the GRU, ``dropout`` the share of the pooled features dropped before the linear layer.
     """
 
     def __init__(

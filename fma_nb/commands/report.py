@@ -18,7 +18,7 @@ from pygments.formatters import HtmlFormatter
 from fma_nb import evaluation
 from fma_nb.evaluation import Metrics
 from fma_nb.plots import MODEL_NAMES
-from fma_nb.project import FmaNbError, atomic_path, run_dir
+from fma_nb.project import FmaNbError, run_dir, write_text
 from fma_nb.runs.ablation import SAME_RECIPE, read_row
 from fma_nb.runs.experiment import read_metrics
 
@@ -50,13 +50,8 @@ def write_report(run: str) -> Path:
         verdict=_verdict(found),
         figures=[_figure(path) for path in sorted((folder / "figures").glob("*.png"))],
     )
-    return _write(folder / "report" / "index.html", html)
-
-
-def _write(path: Path, html: str) -> Path:
-    with atomic_path(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
-    return path
+    write_text(folder / "report" / "index.html", html)
+    return folder / "report" / "index.html"
 
 
 def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
@@ -75,8 +70,8 @@ def _write_page(path: Path, report_dir: Path) -> dict[str, str]:
     html, _ = exporter.from_notebook_node(notebook, resources)
     html = re.sub("<table.*?</table>", r'<div class="scroll">\g<0></div>', html, flags=re.DOTALL)
     html = html.replace('.ipynb">', '.html">')  # from page to page
-    page = _write(report_dir / f"{path.stem}.html", html)
-    return {"href": page.name, "title": title}
+    write_text(report_dir / f"{path.stem}.html", html)
+    return {"href": f"{path.stem}.html", "title": title}
 
 
 def _describe_images(cells: list[nbformat.NotebookNode]) -> None:

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import lameenc
 import numpy as np
@@ -39,8 +40,7 @@ class MiniConfig:
                 raise FmaNbError(f"{name}={getattr(self, name)} is too small: give at least {smallest}.")
 
 
-@dataclass(frozen=True)
-class PlannedTrack:
+class PlannedTrack(NamedTuple):
     """One track before it exists. ``artist`` and ``track`` count within the genre and the artist."""
 
     track_id: int

@@ -243,7 +243,8 @@ def extract(zip_path: Path, folder: Path) -> int:
             members = [member for member in archive.infolist() if not member.is_dir()]
             for member in members:
                 _check_member(member, folder.name, zip_path)
-            missing = [member for member in members if not _is_extracted(member, folder)]
+            there = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+            missing = [m for m in members if there.get(folder.parent / m.filename) != m.file_size]
             n_bytes = sum(member.file_size for member in missing)
             make_folder(folder)
             _check_free_space(folder, n_bytes, str(zip_path))
@@ -272,11 +273,6 @@ def _check_member(member: ZipInfo, top: str, zip_path: Path) -> None:
 def _is_inside(name: str) -> bool:
     """Tell whether a path stays below the folder it is joined to, on every operating system."""
     return not (name.startswith("/") or ".." in PurePosixPath(name).parts or set("\\:") & set(name))
-
-
-def _is_extracted(member: ZipInfo, folder: Path) -> bool:
-    path = folder.parent / member.filename
-    return path.is_file() and path.stat().st_size == member.file_size
 
 
 def _extract_member(archive: ZipFile, lock: threading.Lock, folder: Path, member: ZipInfo) -> int:

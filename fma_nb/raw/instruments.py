@@ -11,9 +11,9 @@ J. Chowning: "The Synthesis of Complex Audio Spectra by Means of Frequency Modul
 
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,7 @@ Hertz = npt.NDArray[np.float64]
 WAVETABLE_SIZE = 2048
 
 
-@dataclass(frozen=True)
-class Timbre:
+class Timbre(NamedTuple):
     """What an artist sounds like; the first four are factors on every instrument's own values."""
 
     brightness: float  # of cutoffs
@@ -48,8 +47,7 @@ def draw_timbre(rng: np.random.Generator) -> Timbre:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """What all notes of a line share: sample rate in Hz, the artist's timbre, the source of noise."""
 
     sample_rate: int

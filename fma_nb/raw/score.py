@@ -9,9 +9,8 @@ is sampled or copied. The genres are simplified to learn from; they are no model
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +24,7 @@ STEPS_PER_BAR = 16
 PEAK = 0.65  # MP3 at a low bit rate overshoots, at the worst by 3 dB
 
 
-@dataclass(frozen=True)
-class Player:
+class Player(NamedTuple):
     """A part in a band: the instruments to choose from, the register, and the place in the mix."""
 
     instruments: list[str]
@@ -37,8 +35,7 @@ class Player:
     swell: bool = False
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """What a player plays, and when; drums have names of `GROOVES` for patterns."""
 
     patterns: list[str]
@@ -46,8 +43,7 @@ class Line:
     backwards: bool = False
 
 
-@dataclass(frozen=True)
-class Genre:
+class Genre(NamedTuple):
     """What the tracks of a genre have in common; each track draws from it."""
 
     fma_id: int
@@ -59,19 +55,17 @@ class Genre:
     lines: dict[str, Line]
 
 
-def _genre(lines: dict[str, dict[str, Any]], **others: Any) -> Genre:
-    return Genre(lines={player: Line(**line) for player, line in lines.items()}, **others)
-
-
 _MUSIC = tomllib.loads(Path(__file__).with_name("genres.toml").read_text(encoding="utf-8"))
 SCALES: dict[str, list[int]] = _MUSIC["scales"]
 GROOVES: dict[str, Groove] = _MUSIC["grooves"]
 PLAYERS = {name: Player(**settings) for name, settings in _MUSIC["players"].items()}
-GENRES = {name: _genre(**settings) for name, settings in _MUSIC["genres"].items()}
+GENRES = {
+    name: Genre(**settings | {"lines": {player: Line(**line) for player, line in settings["lines"].items()}})
+    for name, settings in _MUSIC["genres"].items()
+}
 
 
-@dataclass(frozen=True)
-class Song:
+class Song(NamedTuple):
     """What all lines of one track share; a clip starts ``upbeat_seconds`` into its first bar."""
 
     bar_seconds: float
@@ -106,8 +100,7 @@ def draw_song(genre: Genre, pace: float, seconds: float, rng: np.random.Generato
     )
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """Something to play: onset and length in s, MIDI pitches or a drum's letter, loudness 0 to 1."""
 
     onset: float
