@@ -5,6 +5,7 @@ Everything happens on whole batches, on the device that holds them.
 References
 ----------
 D. S. Park et al.: "SpecAugment", Interspeech 2019 (masks over time and frequency).
+H. Nam et al.: "FilterAugment", ICASSP 2022 (random curves over frequency).
 H. Zhang et al.: "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
 """
 
@@ -26,8 +27,8 @@ def augment(images: Tensor, labels: Tensor, recipe: Recipe, n_classes: int) -> t
     """Turn a training batch into inputs and targets, with each ingredient that the recipe has.
 
     ``images`` are grey levels [shape=(batch, n_mels, n_frames)], ``labels`` their genres [shape=(batch,)].
-    Inputs are the augmented spectrograms [shape=(batch, 1, n_mels, n_frames)]. Targets are the labels as they
-    are, or with mixup the probability of each genre [shape=(batch, n_classes)].
+    Inputs are the augmented spectrograms [shape=(batch, 1, n_mels, n_frames)]; masks hold 0, the floor.
+    Targets are the labels as they are, or with mixup each genre's probability [shape=(batch, n_classes)].
     """
     inputs = to_input(shift_and_stretch(images, recipe))
     if recipe.gain:
@@ -43,7 +44,7 @@ def augment(images: Tensor, labels: Tensor, recipe: Recipe, n_classes: int) -> t
 
 
 def mixup(inputs: Tensor, labels: Tensor, alpha: float, n_classes: int) -> tuple[Tensor, Tensor]:
-    """Blend each clip with its neighbour in the batch, and their labels in the same proportion."""
+    """Blend each clip and its one-hot label with its neighbour's; the larger share, from Beta, is its own."""
     weight = random.betavariate(alpha, alpha)
     weight = max(weight, 1 - weight)
     one_hot = F.one_hot(labels, n_classes).float()
@@ -54,7 +55,7 @@ def shift_and_stretch(images: Tensor, recipe: Recipe) -> Tensor:
     """Shift each clip in time and along the mel axis, crop and stretch it, by its own random amounts.
 
     ``images`` has the shape (batch, n_mels, n_frames). Time is circular: what leaves at a clip's end comes
-    in at its start. A stretch repeats or skips frames. Mel bands that come in from beyond the edge repeat
+    in at its start. A stretch takes the nearest frame. Mel bands that come in from beyond the edge repeat
     the band at the edge.
     """
     if not (recipe.time_shift or recipe.stretch or recipe.mel_shift or recipe.crop < 1):

@@ -52,7 +52,7 @@ def apply_temperature(probabilities: Probabilities, temperature: float) -> Proba
 
 
 def reliability(probabilities: Probabilities, labels: Labels, n_bins: int = 5) -> pd.DataFrame:
-    """Sort clips into bins by the probability of the answer given; return a row a bin that is not empty.
+    """Sort clips into bins by the probability of the answer given; return a row per bin that is not empty.
 
     The columns are ``confidence, accuracy, clips``: mean probability, share of right answers, their number.
     """
@@ -66,6 +66,6 @@ def reliability(probabilities: Probabilities, labels: Labels, n_bins: int = 5) -
 
 
 def calibration_error(table: pd.DataFrame) -> float:
-    """Return the expected calibration error of a `reliability` table: the mean gap, weighted by clips."""
+    """Return the expected calibration error of a `reliability` table (M. P. Naeini et al., AAAI 2015)."""
     gaps = (table["confidence"] - table["accuracy"]).abs()
     return float((gaps * table["clips"]).sum() / table["clips"].sum())

@@ -6,6 +6,7 @@ seed, so that models can be compared clip by clip. Notebook 05 works through the
 References
 ----------
 A. Flexer: "A Closer Look on Artist Filters for Musical Genre Classification", ISMIR 2007 (why artists count).
+B. Efron: "Bootstrap Methods: Another Look at the Jackknife", The Annals of Statistics 1979.
 Q. McNemar: "Note on the sampling error of the difference between correlated proportions", 1947.
 T. G. Dietterich: "Approximate Statistical Tests for Comparing Supervised Classification Learning
 Algorithms", Neural Computation 1998 (why McNemar's test).
@@ -61,7 +62,7 @@ def evaluate_split(
 
 
 def split_scores(labels: npt.ArrayLike, predicted: npt.ArrayLike, artists: npt.ArrayLike) -> dict[str, float]:
-    """Return the `SCORES` of answers; artist-balanced: artists count equally in a genre, genres equally."""
+    """Return the `SCORES` of answers; artist-balanced, our term, is recall by artist, averaged by genre."""
     clips = pd.DataFrame({"label": labels, "artist": artists})
     weights = 1 / clips.groupby(["label", "artist"])["label"].transform("size")
     return {
@@ -122,7 +123,7 @@ def genre_report(metrics: Metrics, split: str) -> pd.DataFrame:
 
 
 def result_summary(found: dict[str, Metrics], splits: Sequence[str] = EVALUATION_SPLITS) -> pd.DataFrame:
-    """Return a row a model, as texts to show; scores are mean ± standard deviation over seeds."""
+    """Return a row per model, as texts to show; scores are mean ± standard deviation over seeds."""
     return pd.DataFrame([_summary_row(name, metrics, splits) for name, metrics in found.items()])
 
 
@@ -157,7 +158,7 @@ class Estimate:
 def bootstrap_accuracy(
     correct: pd.DataFrame, artists: Sequence[int], genres: Sequence[str] | None = None
 ) -> Estimate:
-    """Estimate accuracy with a percentile bootstrap over seeds and artists.
+    """Estimate accuracy with a percentile cluster bootstrap over artists and, if there are several, seeds.
 
     ``correct`` [shape=(n_seeds, n_tracks)] is from `correct_matrix`; tracks of one of the ``artists``
     [shape=(n_tracks,)] are drawn together. With ``genres`` [shape=(n_tracks,)] it is the artist-balanced
@@ -252,8 +253,8 @@ class McNemar:
 def mcnemar(first: npt.ArrayLike, second: npt.ArrayLike) -> McNemar:
     """Compare two models' right (1) and wrong (0) answers with McNemar's exact test.
 
-    Both have the shape (n_clips,). Only the clips that exactly one model gets right count: of two equal
-    models each would win such a clip with probability one half.
+    Both have the shape (n_clips,). Only clips that exactly one model gets right count. Clips are taken as
+    independent: where an artist has several, p is too small. Notebook 05 tosses one coin an artist instead.
     """
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     if a.shape != b.shape:

@@ -1,6 +1,6 @@
 """Stage 1, metadata: from FMA's ``tracks.csv`` to one flat index of the clips of a dataset.
 
-The index is the contract with every later stage: one row a track with the columns `INDEX_COLUMNS`.
+The index is the contract with every later stage: one row per track with the columns `INDEX_COLUMNS`.
 Notebook 01 teaches what is in it, and why the split by artist matters.
 
 References
@@ -47,8 +47,8 @@ _NEEDED_COLUMNS = ("set.split", "set.subset", "track.genre_top", "track.title", 
 class Index:
     """The clips of a dataset, and those that were left out."""
 
-    tracks: pd.DataFrame  # one row a usable track, columns `INDEX_COLUMNS`, ordered by track_id
-    dropped: pd.DataFrame  # one row a track that was left out: track_id, path, reason
+    tracks: pd.DataFrame  # one row per usable track, columns `INDEX_COLUMNS`, ordered by track_id
+    dropped: pd.DataFrame  # one row per track that was left out: track_id, path, reason
 
     def summary(self) -> str:
         """Return one line: how many tracks there are and how many were dropped for which reason."""
@@ -114,7 +114,7 @@ def dataset_rows(tracks: pd.DataFrame, dataset: str) -> pd.DataFrame:
         raise FmaNbError(f"tracks.csv: set.split={unknown.iloc[0]!r} is none of training, validation, test.")
     rows = pd.DataFrame(index=chosen.index.rename("track_id"))
     rows["split"] = chosen["set", "split"].map(_SPLIT_NAMES)
-    rows["genre"] = chosen["track", "genre_top"].astype(str)
+    rows["genre"] = chosen["track", "genre_top"].astype(str).str.replace(" / ", "-")  # it names a folder
     rows["artist_id"] = chosen["artist", "id"].astype(int)
     rows["title"] = chosen["track", "title"].fillna("").astype(str)
     rows["path"] = [str(path) for path in clip_paths(dataset, rows.index)]

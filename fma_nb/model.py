@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fma_nb.project import FmaNbError
 
-BASELINE_FRAMES = 256
+BASELINE_FRAMES = 256  # at most, so that the linear layer stays small
 
 # The CRNN's convolutions: feature maps, and the pooling over (mel bands, frames) after each. The first two
 # have a stride of 2 instead: large pictures cost most, so none are computed that pooling would throw away.
@@ -34,7 +34,7 @@ HIDDEN = 96
 def time_average(x: Tensor, n_bins: int) -> Tensor:
     """Average the last axis into ``n_bins`` equal stretches of time; shorter input is left as it is.
 
-    A product with a constant matrix: unlike adaptive pooling, its gradient is deterministic on CUDA.
+    A frame on a border counts in part to either side; adaptive pooling would count it in full on both.
     """
     n_frames = x.shape[-1]
     if n_frames <= n_bins:
@@ -77,10 +77,10 @@ class BaselineCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [shape=(batch, n_classes)] of ``x`` [shape=(batch, 1, n_mels, n_frames)]."""
-        x = self.features(self._fit(x))  # (batch, 64, n_mels / 8, frames / 8)
+        x = self.features(self._to_length(x))  # (batch, 64, n_mels / 8, frames / 8)
         return self.classifier(x.flatten(1))
 
-    def _fit(self, x: Tensor) -> Tensor:
+    def _to_length(self, x: Tensor) -> Tensor:
         """Average to the frames the linear layer was made for; repeat a clip that has fewer."""
         if x.shape[-1] < self.n_frames:
             x = x.repeat(1, 1, 1, -(-self.n_frames // x.shape[-1]))[..., : self.n_frames]
@@ -92,7 +92,7 @@ class ConvBlock(nn.Sequential):
 
     def __init__(self, n_in: int, n_out: int, pool: tuple[int, int] | None, kernel: int = 3) -> None:
         super().__init__(
-            nn.Conv2d(n_in, n_out, kernel, 1 if pool else 2, padding=kernel // 2, bias=False),
+            nn.Conv2d(n_in, n_out, kernel, stride=1 if pool else 2, padding=kernel // 2, bias=False),
             nn.BatchNorm2d(n_out),
             nn.ReLU(),
             nn.MaxPool2d(pool) if pool else nn.Identity(),
@@ -250,7 +250,7 @@ def trace_layers(model: nn.Module, n_mels: int, n_frames: int) -> list[LayerTrac
     hooks = [layer.register_forward_hook(trace) for layer in model.modules() if isinstance(layer, kinds)]
     training = model.training
     with torch.inference_mode():
-        model.eval()(torch.zeros(1, 1, n_mels, n_frames))
+        model.eval()(torch.zeros(1, 1, n_mels, n_frames, device=next(model.parameters()).device))
     model.train(training)
     for hook in hooks:
         hook.remove()

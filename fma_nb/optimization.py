@@ -4,6 +4,7 @@ References
 ----------
 I. Loshchilov, F. Hutter: "Decoupled Weight Decay Regularization", ICLR 2019 (AdamW).
 K. Jordan et al.: "Muon: An optimizer for hidden layers in neural networks", 2024.
+K. Jordan: "cifar10-airbench", airbench94_muon.py, 2024 (filters are set to a fixed length before each step).
 """
 
 import copy
@@ -59,8 +60,8 @@ class Muon(torch.optim.AdamW):
         self.add_param_group({"params": filters, "lr": filter_lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters: the filters here, the others by AdamW."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters, the filters here, the others by AdamW; clear the filters' gradients."""
         group = self.param_groups[-1]
         for filters in group["params"]:
             state = self.state[filters]
@@ -68,14 +69,14 @@ class Muon(torch.optim.AdamW):
                 state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(filters)
             state["exp_avg"].lerp_(filters.grad, 1 - group["momentum"])
             direction = filters.grad.lerp(state["exp_avg"], group["momentum"])  # Nesterov momentum
-            # The orthogonal step has about this norm, too: so filter_lr is its relative length.
+            # The step's norm is about sqrt(min(matrix shape)); where that is n_out, filter_lr is relative.
             filters.mul_(len(filters) ** 0.5 / filters.norm())
-            filters.sub_(orthogonal(direction.flatten(1)).view(filters.shape), alpha=group["lr"])
+            filters.sub_(orthogonalize(direction.flatten(1)).view(filters.shape), alpha=group["lr"])
             filters.grad = None  # so that AdamW leaves the filters alone
-        return super().step(closure)
+        super().step(closure)
 
 
-def orthogonal(matrix: Tensor, n_steps: int = 5) -> Tensor:
+def orthogonalize(matrix: Tensor, n_steps: int = 5) -> Tensor:
     """Push the singular values of a matrix towards 1, by a Newton-Schulz iteration.
 
     Five steps with these coefficients bring a random matrix's values to between 0.68 and 1.2. Values below
@@ -107,7 +108,7 @@ def lr_factor(warmup: float | None, n_steps: int) -> Callable[[int], float]:
 class MovingAverage:
     """Exponential moving average of a model's weights and buffers, with a smaller decay in the first updates.
 
-    PyTorch's `AveragedModel` counts on the device, and reading its count would stall a GPU in every step.
+    PyTorch's `AveragedModel` copies its count to the GPU in every update, which waits for the GPU.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

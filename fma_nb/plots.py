@@ -1,4 +1,4 @@
-"""Stage 8, plots: one style, one genre order and one colour a genre in every figure of the course.
+"""Stage 8, plots: one style, one genre order and one colour per genre in every figure of the course.
 
 Each function draws on an ``Axes`` it is given, labels it in units, and returns it. The notebooks that use it
 stand in its docstring.
@@ -43,7 +43,8 @@ MODEL_NAMES = {
     "crnn": "CRNN",
 }
 BLUE, ORANGE, GREY, DARK_GREY = "#0072B2", "#D55E00", "#6A6A6A", "#444444"
-COARSE_MAGMA = plt.get_cmap("magma", 12)  # more colours make a notebook heavy and show little more
+# More colours would make a notebook heavy and show little more.
+COARSE: dict[str, Any] = {"cmap": plt.get_cmap("magma", 12), "interpolation": "nearest"}
 CLIP_WIDTH, MIN_WIDTH, GAP = 1.6, 1.0, 0.3  # of a network diagram, in heights of the clip
 
 
@@ -81,6 +82,94 @@ def _palette(genres: Iterable[str]) -> dict[str, str]:
     return {genre: genre_color(genre) for genre in genres}
 
 
+def genre_counts(ax: Axes, tracks: pd.DataFrame) -> Axes:
+    """Draw how many tracks each genre has in train, val (lighter) and test (lightest). Notebook 01."""
+    table = tracks.sort_values("genre")
+    shades = {"test": "#C7C7C7", "val": "#8F8F8F", "train": DARK_GREY}
+    options = {"hue_order": shades, "palette": shades, "multiple": "stack", "shrink": 0.8, "alpha": 1}
+    sns.histplot(table, y="genre", hue="split", edgecolor="none", ax=ax, **options)
+    for bars, alpha in zip(ax.containers, (1, 0.6, 0.3), strict=True):
+        for bar, genre in zip(bars, table["genre"].unique(), strict=True):
+            bar.set(facecolor=genre_color(genre), alpha=alpha)
+    ax.set(xlabel="tracks", ylabel="")
+    ax.grid(axis="y", visible=False)
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, reverse=True)
+    return ax
+
+
+def waveform(ax: Axes, samples: Samples, sample_rate: int, color: str) -> Axes:
+    """Draw mono samples over time; where a pixel holds many, from lowest to highest. Notebook 01."""
+    scale, unit = (1, "s") if len(samples) > sample_rate / 2 else (1000, "ms")
+    step = max(len(samples) // 1000, 1)
+    columns = samples[: len(samples) // step * step].reshape(-1, step)
+    time = np.arange(len(columns)) * step * scale / sample_rate
+    if step == 1:
+        ax.plot(time, samples, color=color, linewidth=1.2)
+    else:
+        ax.fill_between(time, columns.min(axis=1), columns.max(axis=1), color=color, linewidth=0)
+    ax.set(xlabel=f"time ({unit})", ylabel="amplitude", xlim=(0, len(samples) * scale / sample_rate))
+    return ax
+
+
+def audio_player(samples: Samples, sample_rate: int) -> Audio:
+    """Return a player for a short mono excerpt, kept as a small MP3. Notebooks 01, 02, 05."""
+    buffer = io.BytesIO()
+    settings = {"subtype": "MPEG_LAYER_III", "bitrate_mode": "CONSTANT", "compression_level": 0.9}
+    sf.write(buffer, samples, sample_rate, format="MP3", **settings)
+    return Audio(buffer.getvalue(), embed=True)
+
+
+def player_grid(players: Mapping[str, Audio]) -> HTML:
+    """Return named players side by side; before a genre a square of its colour. Notebooks 01, 02, 05."""
+    squares = {genre: f"<span style='color:{color}'>■</span> " for genre, color in GENRE_COLORS.items()}
+    cells = "".join(
+        f"<div>{squares.get(name, '')}<b>{name}</b><br>{player._repr_html_()}</div>"
+        for name, player in players.items()
+    )
+    return HTML(f"<div style='display:flex;flex-wrap:wrap;gap:0.6em 2em'>{cells}</div>")
+
+
+def mel_spectrogram(ax: Axes, db: Decibels, seconds: float, sample_rate: int, title: str = "") -> Axes:
+    """Draw a mel spectrogram [shape=(n_mels, n_frames)], lowest band first, in Hz. Notebook 02."""
+    _show_bands(ax, db[::-1], seconds, len(db), title, **COARSE)
+    places, labels = _hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000))
+    ax.set_yticks(places + 0.5, labels)  # a band's centre is in the middle of its row
+    ax.set_ylabel("frequency")
+    return ax
+
+
+def _show_bands(ax: Axes, values: Bands, seconds: float, n_mels: int, title: str, **options: Any) -> Axes:
+    ax.imshow(values, aspect="auto", extent=(0, seconds, 0, n_mels), **options)
+    ax.set(xlabel="time (s)", ylabel="mel band", title=title)
+    ax.grid(False)
+    return ax
+
+
+def _hertz_ticks(sample_rate: int, n_mels: int, hertz: Sequence[int]) -> tuple[Floats, list[str]]:
+    """Return where frequencies lie on an axis of mel bands, and their labels in Hz or kHz."""
+    centres = librosa.mel_frequencies(n_mels + 2, fmin=0, fmax=sample_rate / 2)[1:-1]
+    shown = [f for f in hertz if f <= sample_rate / 2]
+    labels = [f"{f // 1000} kHz" if f >= 1000 else f"{f} Hz" for f in shown]
+    return np.interp(shown, centres, np.arange(n_mels)), labels
+
+
+def thumbnail(ax: Axes, image: GreyImage) -> Axes:
+    """Draw a spectrogram image [shape=(n_mels, n_frames)] small and without axes. Notebook 02."""
+    small = Image.fromarray(image).resize((64, 64), Image.Resampling.BOX)
+    ax.imshow(small, aspect="auto", vmin=0, vmax=255, **COARSE)
+    ax.axis("off")
+    return ax
+
+
+def mel_profiles(ax: Axes, profiles: pd.DataFrame, sample_rate: int) -> Axes:
+    """Draw each genre's mean level by mel band, in dB [shape=(n_genres, n_mels)]. Notebook 02."""
+    sns.lineplot(profiles.T, palette=_palette(profiles.index), dashes=False, ax=ax)
+    ax.set_xticks(*_hertz_ticks(sample_rate, profiles.shape[1], (0, 500, 1000, 2000, 4000, 8000, 16000)))
+    ax.set(xlabel="frequency of the mel band", ylabel="mean level (dB re peak)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
 def learning_curves(ax: Axes, log: pd.DataFrame, quantity: str = "accuracy") -> Axes:
     """Draw training and validation ``accuracy`` or ``loss`` by epoch: mean line, band over the seeds.
 
@@ -105,6 +194,53 @@ def confusion_matrix_plot(ax: Axes, table: pd.DataFrame, genres: Sequence[str]) 
     ax.set(xlabel="predicted genre", ylabel="true genre")
     plt.setp(ax.get_xticklabels(), rotation=40, ha="right")
     return ax
+
+
+def network_diagram(ax: Axes, traces: Sequence[LayerTrace], image: Bands, genres: Sequence[str]) -> Axes:
+    """Draw the path of one clip [shape=(n_mels, n_frames)] through a network. Notebooks 03, 04.
+
+    A box is as high and wide as the square roots of the mel bands and frames that the layer gives. Above it
+    stands the layer, below it the shape and the receptive field of one number; the largest receptive field
+    is outlined in the clip.
+    """
+    ax.imshow(image, extent=(0, CLIP_WIDTH, -0.5, 0.5), cmap="magma", aspect="auto")
+    largest = max(trace.field for trace in traces if trace.field)
+    _draw_box(ax, CLIP_WIDTH / 2, np.divide(largest, image.shape), edgecolor="white", fill=False)
+    left = 0.0
+    for trace in (LayerTrace("clip", (1, *image.shape), (1, 1)), *traces):
+        size = trace.shape[1:] if len(trace.shape) == 3 else (1, trace.shape[0])
+        share = np.sqrt(np.divide(size, image.shape))
+        middle = left + max(share[1] * CLIP_WIDTH, MIN_WIDTH) / 2
+        if len(trace.shape) == 1:
+            _draw_genres(ax, left, genres)
+        elif left > 0:
+            color = "#F0E442" if trace.field is None else "#9DBFD9"
+            _draw_box(ax, middle, share, edgecolor=DARK_GREY, facecolor=color)
+        seen = "sees all" if trace.field is None else f"sees {trace.field[0]} × {trace.field[1]}"
+        ax.text(middle, 0.58, trace.name.replace(", ", "\n"), ha="center", va="bottom")
+        ax.text(middle, -0.58, f"{' × '.join(map(str, trace.shape))}\n{seen}", ha="center", va="top")
+        left = 2 * middle - left + GAP
+    ax.set(xlim=(0, left), ylim=(-0.95, 0.95))
+    ax.axis("off")
+    return ax
+
+
+def _draw_box(ax: Axes, middle: float, share: Floats, **style: Any) -> None:
+    """Draw a rectangle whose height and width are shares of the clip's."""
+    height, width = np.minimum(share, 1) * (1, CLIP_WIDTH)
+    ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, **style))
+
+
+def _draw_genres(ax: Axes, left: float, genres: Sequence[str]) -> None:
+    heights = np.linspace(0.5, -0.5, 2 * len(genres) + 1)[1::2]
+    for genre, height in zip(genres, heights, strict=True):
+        ax.plot(left, height, "s", color=genre_color(genre), markersize=8)
+        ax.text(left + 0.12, height, genre, va="center", fontsize=9)
+
+
+def spectrogram_image(ax: Axes, image: Bands, seconds: float, title: str = "") -> Axes:
+    """Draw levels from 0 to 1 [shape=(n_mels, n_frames)], highest band on top. Notebooks 04, 05."""
+    return _show_bands(ax, image, seconds, len(image), title, vmin=0, vmax=1, **COARSE)
 
 
 def recall_dumbbell(ax: Axes, reports: dict[str, pd.DataFrame]) -> Axes:
@@ -191,142 +327,7 @@ def probability_bars(ax: Axes, probabilities: Mapping[str, float]) -> Axes:
     return ax
 
 
-def spectrogram_image(ax: Axes, image: Bands, seconds: float, title: str = "") -> Axes:
-    """Draw what the network sees [shape=(n_mels, n_frames)], highest band on top. Notebooks 04, 05."""
-    return _show_bands(ax, image, seconds, len(image), title, cmap=COARSE_MAGMA, interpolation="nearest")
-
-
 def saliency_map(ax: Axes, support: Bands, seconds: float, n_mels: int, title: str = "") -> Axes:
     """Draw what supports an answer [shape=(n_rows, n_columns)]: red for, blue against it. Notebook 05."""
     largest = float(np.abs(support).max()) or 1.0
     return _show_bands(ax, support, seconds, n_mels, title, cmap="RdBu_r", vmin=-largest, vmax=largest)
-
-
-def _show_bands(ax: Axes, values: Bands, seconds: float, n_mels: int, title: str, **options: Any) -> Axes:
-    ax.imshow(values, aspect="auto", extent=(0, seconds, 0, n_mels), **options)
-    ax.set(xlabel="time (s)", ylabel="mel band", title=title)
-    ax.grid(False)
-    return ax
-
-
-def genre_counts(ax: Axes, tracks: pd.DataFrame) -> Axes:
-    """Draw how many tracks each genre has in train, val (lighter) and test (lightest). Notebook 01."""
-    table = tracks.sort_values("genre")
-    shades = {"test": "#C7C7C7", "val": "#8F8F8F", "train": DARK_GREY}
-    options = {"hue_order": shades, "palette": shades, "multiple": "stack", "shrink": 0.8, "alpha": 1}
-    sns.histplot(table, y="genre", hue="split", edgecolor="none", ax=ax, **options)
-    for bars, alpha in zip(ax.containers, (1, 0.6, 0.3), strict=True):
-        for bar, genre in zip(bars, table["genre"].unique(), strict=True):
-            bar.set(facecolor=genre_color(genre), alpha=alpha)
-    ax.set(xlabel="tracks", ylabel="")
-    ax.grid(axis="y", visible=False)
-    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, reverse=True)
-    return ax
-
-
-def network_diagram(ax: Axes, traces: Sequence[LayerTrace], image: Bands, genres: Sequence[str]) -> Axes:
-    """Draw the path of one clip [shape=(n_mels, n_frames)] through a network. Notebooks 03, 04.
-
-    A box is as high and wide as the square roots of the mel bands and frames that the layer gives. Above it
-    stands the layer, below it the shape and the receptive field of one number; the largest receptive field
-    is outlined in the clip.
-    """
-    ax.imshow(image, extent=(0, CLIP_WIDTH, -0.5, 0.5), cmap="magma", aspect="auto")
-    largest = max(trace.field for trace in traces if trace.field)
-    _draw_box(ax, CLIP_WIDTH / 2, np.divide(largest, image.shape), edgecolor="white", fill=False)
-    left = 0.0
-    for trace in (LayerTrace("clip", (1, *image.shape), (1, 1)), *traces):
-        size = trace.shape[1:] if len(trace.shape) == 3 else (1, trace.shape[0])
-        share = np.sqrt(np.divide(size, image.shape))
-        middle = left + max(share[1] * CLIP_WIDTH, MIN_WIDTH) / 2
-        if len(trace.shape) == 1:
-            _draw_genres(ax, left, genres)
-        elif left > 0:
-            color = "#F0E442" if trace.field is None else "#9DBFD9"
-            _draw_box(ax, middle, share, edgecolor=DARK_GREY, facecolor=color)
-        seen = "sees all" if trace.field is None else f"sees {trace.field[0]} × {trace.field[1]}"
-        ax.text(middle, 0.58, trace.name.replace(", ", "\n"), ha="center", va="bottom")
-        ax.text(middle, -0.58, f"{' × '.join(map(str, trace.shape))}\n{seen}", ha="center", va="top")
-        left = 2 * middle - left + GAP
-    ax.set(xlim=(0, left), ylim=(-0.95, 0.95))
-    ax.axis("off")
-    return ax
-
-
-def _draw_box(ax: Axes, middle: float, share: Floats, **style: Any) -> None:
-    """Draw a rectangle whose height and width are shares of the clip's."""
-    height, width = np.minimum(share, 1) * (1, CLIP_WIDTH)
-    ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, **style))
-
-
-def _draw_genres(ax: Axes, left: float, genres: Sequence[str]) -> None:
-    heights = np.linspace(0.5, -0.5, 2 * len(genres) + 1)[1::2]
-    for genre, height in zip(genres, heights, strict=True):
-        ax.plot(left, height, "s", color=genre_color(genre), markersize=8)
-        ax.text(left + 0.12, height, genre, va="center", fontsize=9)
-
-
-def waveform(ax: Axes, samples: Samples, sample_rate: int, color: str) -> Axes:
-    """Draw mono samples over time; where a pixel holds many, from lowest to highest. Notebook 01."""
-    scale, unit = (1, "s") if len(samples) > sample_rate / 2 else (1000, "ms")
-    step = max(len(samples) // 1000, 1)
-    columns = samples[: len(samples) // step * step].reshape(-1, step)
-    time = np.arange(len(columns)) * step * scale / sample_rate
-    if step == 1:
-        ax.plot(time, samples, color=color, linewidth=1.2)
-    else:
-        ax.fill_between(time, columns.min(axis=1), columns.max(axis=1), color=color, linewidth=0)
-    ax.set(xlabel=f"time ({unit})", ylabel="amplitude", xlim=(0, len(samples) * scale / sample_rate))
-    return ax
-
-
-def mel_spectrogram(ax: Axes, db: Decibels, seconds: float, sample_rate: int, title: str = "") -> Axes:
-    """Draw a mel spectrogram [shape=(n_mels, n_frames)], lowest band first, in Hz. Notebook 02."""
-    _show_bands(ax, db[::-1], seconds, len(db), title, cmap=COARSE_MAGMA, interpolation="nearest")
-    places, labels = _hertz_ticks(sample_rate, len(db), (500, 1000, 2000, 4000, 8000))
-    ax.set_yticks(places + 0.5, labels)  # a band's centre is in the middle of its row
-    ax.set_ylabel("frequency")
-    return ax
-
-
-def thumbnail(ax: Axes, image: GreyImage) -> Axes:
-    """Draw a spectrogram image [shape=(n_mels, n_frames)] small and without axes. Notebook 02."""
-    small = Image.fromarray(image).resize((64, 64), Image.Resampling.BOX)
-    ax.imshow(small, cmap=COARSE_MAGMA, aspect="auto", interpolation="nearest", vmin=0, vmax=255)
-    ax.axis("off")
-    return ax
-
-
-def _hertz_ticks(sample_rate: int, n_mels: int, hertz: Sequence[int]) -> tuple[Floats, list[str]]:
-    """Return where frequencies lie on an axis of mel bands, and their labels in Hz or kHz."""
-    centres = librosa.mel_frequencies(n_mels + 2, fmin=0, fmax=sample_rate / 2)[1:-1]
-    shown = [f for f in hertz if f <= sample_rate / 2]
-    labels = [f"{f // 1000} kHz" if f >= 1000 else f"{f} Hz" for f in shown]
-    return np.interp(shown, centres, np.arange(n_mels)), labels
-
-
-def mel_profiles(ax: Axes, profiles: pd.DataFrame, sample_rate: int) -> Axes:
-    """Draw each genre's mean level by mel band, in dB [shape=(n_genres, n_mels)]. Notebook 02."""
-    sns.lineplot(profiles.T, palette=_palette(profiles.index), dashes=False, ax=ax)
-    ax.set_xticks(*_hertz_ticks(sample_rate, profiles.shape[1], (0, 500, 1000, 2000, 4000, 8000, 16000)))
-    ax.set(xlabel="frequency of the mel band", ylabel="mean level (dB re peak)")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
-
-
-def audio_player(samples: Samples, sample_rate: int) -> Audio:
-    """Return a player for a short mono excerpt, kept as MP3 of 24 kbit/s. Notebooks 01, 02, 05."""
-    buffer = io.BytesIO()
-    settings = {"subtype": "MPEG_LAYER_III", "bitrate_mode": "CONSTANT", "compression_level": 0.9}
-    sf.write(buffer, samples, sample_rate, format="MP3", **settings)
-    return Audio(buffer.getvalue(), embed=True)
-
-
-def player_grid(players: Mapping[str, Audio]) -> HTML:
-    """Return named players side by side; before a genre a square of its colour. Notebooks 01, 02, 05."""
-    squares = {genre: f"<span style='color:{color}'>■</span> " for genre, color in GENRE_COLORS.items()}
-    cells = "".join(
-        f"<div>{squares.get(name, '')}<b>{name}</b><br>{player._repr_html_()}</div>"
-        for name, player in players.items()
-    )
-    return HTML(f"<div style='display:flex;flex-wrap:wrap;gap:0.6em 2em'>{cells}</div>")

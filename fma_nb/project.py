@@ -155,6 +155,6 @@ def make_folder(folder: Path) -> None:
 def cannot_write(path: Path, error: OSError) -> FmaNbError:
     """Return the sentence for a file or folder that cannot be written."""
     return FmaNbError(
-        f"{path} cannot be written ({error.strerror}): make space or give write access, "
+        f"{path} cannot be written ({error.strerror or error}): make space or give write access, "
         "then run the same command again."
     )

@@ -1,4 +1,4 @@
-"""Stage 6, recipe: everything that decides how a model is trained, one field an ingredient.
+"""Stage 6, recipe: everything that decides how a model is trained, one field per ingredient.
 
 Notebook 04 says what each ingredient of the CRNN's recipe is for; `fma_nb.runs.ablation` takes each of
 them out.
@@ -9,35 +9,6 @@ from typing import Any
 
 from fma_nb.model import MODELS, POOLINGS
 from fma_nb.project import FmaNbError
-
-CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
-    ("model", MODELS),
-    ("optimizer", ("adam", "adamw", "muon")),
-    ("pooling", POOLINGS),
-    ("time_shift", (True, False)),
-    ("band_norm", (True, False)),
-    ("bfloat16", (True, False)),
-)
-RANGES = (
-    ("epochs", 1, 100_000),
-    ("batch_size", 1, 100_000),
-    ("lr", 1e-12, 1e12),
-    ("filter_lr", 1e-12, 1e12),
-    ("seed", 0, 2**31),
-    ("weight_decay", 0, 1e6),
-    ("label_smoothing", 0, 1),
-    ("freq_mask", 0, 1),
-    ("time_mask", 0, 1),
-    ("crop", 0.05, 1),
-    ("stretch", 0, 0.9),
-    ("mel_shift", 0, 64),
-    ("gain", 0, 40),
-    ("mixup", 0, 1e6),
-    ("ema", 0, 0.99999),
-    ("dropout", 0, 0.95),
-    ("width", 0.1, 8),
-    ("patience", 0, 100_000),
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +42,7 @@ class Recipe:
     width: float = 1.0
     dropout: float = 0.3
     patience: int = 0  # stop after this many epochs without a better validation accuracy; 0 never stops
-    # Compute all layers but the loss in bfloat16, where the processor has it in hardware.
+    # Convolutions and matrix products in bfloat16 where the hardware has it; weights stay in float32.
     bfloat16: bool = True
 
     def __post_init__(self) -> None:
@@ -98,8 +69,38 @@ class Recipe:
         return {name: getattr(self, name) for name in names}
 
 
+CHOICES: tuple[tuple[str, tuple[str | bool, ...]], ...] = (
+    ("model", MODELS),
+    ("optimizer", ("adam", "adamw", "muon")),
+    ("pooling", POOLINGS),
+    ("time_shift", (True, False)),
+    ("band_norm", (True, False)),
+    ("bfloat16", (True, False)),
+)
+RANGES = (
+    ("epochs", 1, 100_000),
+    ("batch_size", 1, 100_000),
+    ("lr", 1e-12, 1e12),
+    ("filter_lr", 1e-12, 1e12),
+    ("seed", 0, 2**31),
+    ("weight_decay", 0, 1e6),
+    ("label_smoothing", 0, 1),
+    ("freq_mask", 0, 1),
+    ("time_mask", 0, 1),
+    ("crop", 0.05, 1),
+    ("stretch", 0, 0.9),
+    ("mel_shift", 0, 64),
+    ("gain", 0, 40),
+    ("mixup", 0, 1e6),
+    ("ema", 0, 0.99999),
+    ("dropout", 0, 0.95),
+    ("width", 0.1, 8),
+    ("patience", 0, 100_000),
+)
+
+
 def default_recipe(model: str) -> Recipe:
-    """Return a model's own recipe: plain Adam for the baseline, the modern one for the CRNN."""
+    """Return a model's own recipe: plain Adam for the baseline, that of notebook 04 for the CRNN."""
     if model == "baseline":
         return Recipe(model)
     return Recipe(

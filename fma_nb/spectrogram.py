@@ -64,9 +64,9 @@ def get_preset(name: str) -> Preset:
 def log_mel(samples: Samples, sample_rate: int, preset: Preset) -> Decibels:
     """Return the log-mel spectrogram in dB [shape=(n_mels, n_frames)], lowest band first.
 
-    The reference is the clip's maximum over ALL frames, also where only some frames are kept. In a clip far
-    softer than music is, the floor lies less than 80 dB below it: powers under 1e-10 count as 1e-10, as in
-    librosa. Raises `FmaNbError` when the samples have another rate than the preset.
+    The reference is the clip's maximum over ALL frames, also where only some frames are kept. Where that
+    is below 0.01, the floor lies less than 80 dB below it: powers under 1e-10 count as 1e-10, as in librosa.
+    Raises `FmaNbError` when the samples have another rate than the preset.
     """
     if preset.sample_rate not in (None, sample_rate):
         raise FmaNbError(f"sample_rate={sample_rate}: preset {preset.name!r} wants {preset.sample_rate} Hz.")
@@ -149,9 +149,9 @@ def frame_indices(n_frames: int, preset: Preset) -> npt.NDArray[np.int64]:
 
 
 def to_grey(db: Decibels) -> GreyImage:
-    """Turn decibels [shape=(n_mels, n_frames)] into grey levels with the highest band on top."""
+    """Turn decibels from -80 to 0 [shape=(n_mels, n_frames)] into grey levels, the highest band on top."""
     grey = (db[::-1] + DYNAMIC_RANGE_DB) / DYNAMIC_RANGE_DB * 255
-    return np.rint(grey).astype(np.uint8)
+    return np.rint(grey.clip(0, 255)).astype(np.uint8)
 
 
 def to_decibels(grey: GreyImage) -> Decibels:
@@ -199,7 +199,7 @@ def make_spectrogram(audio: Path, png: Path, preset: Preset) -> str | None:
     except UnreadableClipError as error:
         return str(error)
     with atomic_path(png) as temporary:
-        # Run-length coding: on spectrograms both faster and smaller than zlib's default.
+        # Run-length coding suits spectrograms: many neighbouring pixels are at the floor.
         Image.fromarray(grey).save(temporary, format="PNG", compress_type=zlib.Z_RLE)
     return None
 

@@ -24,6 +24,93 @@ from fma_nb.project import FmaNbError
 from fma_nb.recipe import Recipe
 
 
+@dataclass
+class TrainingState:
+    """What one epoch needs: the weights, what turns gradients into steps, and the number of genres."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    average: MovingAverage | None
+    n_classes: int
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """Return the model that is evaluated and kept: the moving average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+
+def start_training(recipe: Recipe, pack: Pack, device: torch.device) -> TrainingState:
+    """Return a `TrainingState` with first random weights; this seeds all generators."""
+    seed_everything(recipe.seed)
+    model = build_model(recipe.model, len(pack.genres), *pack.image_shape, **recipe.architecture())
+    model = to_device(model, device)
+    optimizer = make_optimizer(model, recipe)
+    steps_per_epoch = -(-len(pack.split("train")) // recipe.batch_size)
+    factor = lr_factor(recipe.warmup, recipe.epochs * steps_per_epoch)
+    average = MovingAverage(model, recipe.ema) if recipe.ema else None
+    return TrainingState(model, optimizer, LambdaLR(optimizer, factor), average, len(pack.genres))
+
+
+def train_one_epoch(state: TrainingState, loader: DataLoader[Batch], recipe: Recipe) -> tuple[float, float]:
+    """Take one optimizer step per batch; return the mean loss and accuracy over the clips seen.
+
+    Not comparable with `evaluate`: these are augmented clips, dropout is on, labels are smoothed, and the
+    weights are those before averaging. Sums stay on the device until the end: asking for a number in every
+    step would stall a GPU. At the end `FloatingPointError` names a batch without a finite loss.
+    """
+    state.model.train()
+    losses, n_correct, n_clips = [], [], 0
+    for images, labels in loader:
+        inputs, targets = augment(images, labels, recipe, state.n_classes)
+        with autocast(labels.device, recipe.bfloat16):
+            logits = state.model(inputs).float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        state.scheduler.step()
+        if state.average is not None:
+            state.average.update(state.model)
+        losses.append(loss.detach() * len(labels))
+        n_correct.append((logits.detach().argmax(1) == labels).sum())
+        n_clips += len(labels)
+    epoch_losses = torch.stack(losses)
+    if len(bad := (~torch.isfinite(epoch_losses)).nonzero()):
+        raise FloatingPointError(f"batch {int(bad[0]) + 1}")
+    return float(epoch_losses.sum() / n_clips), float(torch.stack(n_correct).sum() / n_clips)
+
+
+def evaluate(model: nn.Module, loader: DataLoader[Batch], bfloat16: bool) -> tuple[float, float]:
+    """Return a model's mean cross-entropy and accuracy over all clips of a loader."""
+    logits, labels = predict_logits(model, loader, bfloat16)
+    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
+
+
+def predict_logits(model: nn.Module, loader: DataLoader[Batch], bfloat16: bool) -> tuple[Tensor, Tensor]:
+    """Return the logits [shape=(n_clips, n_classes)] and labels [shape=(n_clips,)] of a loader's clips.
+
+    Dropout is off and batch normalisation uses its running statistics.
+    """
+    model.eval()
+    logits, targets = [], []
+    with torch.inference_mode():
+        for images, labels in loader:
+            with autocast(labels.device, bfloat16):
+                logits.append(model(to_input(images)).float())
+            targets.append(labels)
+    return torch.cat(logits).cpu(), torch.cat(targets).cpu()
+
+
+def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which layers compute in bfloat16, where that is wanted and done in hardware."""
+    if device.type == "cuda":
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        in_hardware = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and in_hardware)
+
+
 def resolve_device(name: str, gpu_memory_fraction: float = 1.0) -> torch.device:
     """Turn ``auto``, ``cpu`` or ``cuda`` into a device, and cap this process's share of GPU memory.
 
@@ -56,7 +143,7 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 def make_deterministic() -> None:
     """Ask PyTorch for the same bits every time, on the CPU and on CUDA (see also `fma_nb.__init__`)."""
     torch.use_deterministic_algorithms(True)
-    # A sixth of the training time went into filling new tensors with NaN before they are written.
+    # To fill new tensors with NaN before they are written costs time and changes nothing here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
@@ -67,90 +154,3 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-
-
-@dataclass
-class TrainingState:
-    """What one epoch needs: the weights, what turns gradients into steps, and the number of genres."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
-    average: MovingAverage | None
-    n_classes: int
-
-    @property
-    def evaluated_model(self) -> nn.Module:
-        """Return the model that is evaluated and kept: the moving average where there is one."""
-        return self.model if self.average is None else self.average.module
-
-
-def start_training(recipe: Recipe, pack: Pack, device: torch.device) -> TrainingState:
-    """Return a network with its first random weights, its optimizer and its learning-rate schedule."""
-    seed_everything(recipe.seed)
-    model = build_model(recipe.model, len(pack.genres), *pack.image_shape, **recipe.architecture())
-    model = to_device(model, device)
-    optimizer = make_optimizer(model, recipe)
-    steps_per_epoch = -(-len(pack.split("train")) // recipe.batch_size)
-    factor = lr_factor(recipe.warmup, recipe.epochs * steps_per_epoch)
-    average = MovingAverage(model, recipe.ema) if recipe.ema else None
-    return TrainingState(model, optimizer, LambdaLR(optimizer, factor), average, len(pack.genres))
-
-
-def train_one_epoch(state: TrainingState, loader: DataLoader[Batch], recipe: Recipe) -> tuple[float, float]:
-    """Take one optimizer step a batch; return the mean loss and accuracy over the clips seen.
-
-    Not comparable with `evaluate`: these are augmented clips, dropout is on, labels are smoothed, and the
-    weights are those before averaging. Sums stay on the device until the end: asking for a number in every
-    step would stall a GPU. Raises `FloatingPointError` when a batch's loss is infinite or not a number.
-    """
-    state.model.train()
-    losses, hits, n_clips = [], [], 0
-    for images, labels in loader:
-        inputs, targets = augment(images, labels, recipe, state.n_classes)
-        with autocast(labels.device, recipe.bfloat16):
-            logits = state.model(inputs).float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-        state.optimizer.zero_grad()
-        loss.backward()
-        state.optimizer.step()
-        state.scheduler.step()
-        if state.average is not None:
-            state.average.update(state.model)
-        losses.append(loss.detach() * len(labels))
-        hits.append((logits.detach().argmax(1) == labels).sum())
-        n_clips += len(labels)
-    epoch_losses = torch.stack(losses)
-    if len(bad := (~torch.isfinite(epoch_losses)).nonzero()):
-        raise FloatingPointError(f"batch {int(bad[0]) + 1}")
-    return float(epoch_losses.sum() / n_clips), float(torch.stack(hits).sum() / n_clips)
-
-
-def autocast(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which layers compute in bfloat16, where that is wanted and done in hardware."""
-    if device.type == "cuda":
-        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        in_hardware = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and in_hardware)
-
-
-def evaluate(model: nn.Module, loader: DataLoader[Batch], bfloat16: bool) -> tuple[float, float]:
-    """Return a model's mean cross-entropy and accuracy over all clips of a loader."""
-    logits, labels = predict_logits(model, loader, bfloat16)
-    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
-
-
-def predict_logits(model: nn.Module, loader: DataLoader[Batch], bfloat16: bool) -> tuple[Tensor, Tensor]:
-    """Return the logits [shape=(n_clips, n_classes)] and labels [shape=(n_clips,)] of a loader's clips.
-
-    Dropout is off and batch normalisation uses its running statistics.
-    """
-    model.eval()
-    logits, targets = [], []
-    with torch.inference_mode():
-        for images, labels in loader:
-            with autocast(labels.device, bfloat16):
-                logits.append(model(to_input(images)).float())
-            targets.append(labels)
-    return torch.cat(logits).cpu(), torch.cat(targets).cpu()

@@ -12,7 +12,7 @@ from training_data import BASELINE, CPU, CRNN, data_fixture, pack_fixture, train
 
 from fma_nb.dataset import Pack, SpectrogramDataset, make_loader
 from fma_nb.model import build_model
-from fma_nb.optimization import MovingAverage, lr_factor, make_optimizer, orthogonal
+from fma_nb.optimization import MovingAverage, lr_factor, make_optimizer, orthogonalize
 from fma_nb.recipe import Recipe, default_recipe
 from fma_nb.runs.checkpoint import RunFiles, load_checkpoint, load_log, load_model
 from fma_nb.training import evaluate
@@ -143,7 +143,7 @@ def test_weight_decay_shrinks_weights_and_spares_biases_and_gains(optimizer: str
 def test_orthogonal_keeps_the_directions_of_a_matrix_and_levels_their_sizes(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    seen = left.T @ orthogonal(matrix) @ right.T
+    seen = left.T @ orthogonalize(matrix) @ right.T
     sizes = seen.diagonal()
     assert 0.6 < sizes.min() < sizes.max() < 1.25
     torch.testing.assert_close(seen, sizes.diag(), atol=1e-4, rtol=0)

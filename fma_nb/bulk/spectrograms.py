@@ -1,4 +1,4 @@
-"""The spectrograms of a whole dataset: one PNG a clip, over all cores or a Dask cluster.
+"""The spectrograms of a whole dataset: one PNG per clip, over all cores or a Dask cluster.
 
 What happens to one clip is in `fma_nb.spectrogram`; here are the folder, the workers and the list of the
 clips that had to be skipped. A PNG that exists is done, so a killed run goes on where it was.

@@ -131,7 +131,7 @@ def _add_weights_commands(commands: Commands) -> None:
     text = "MP3, OGG, FLAC, WAV, AIFF; or a folder of them"
     command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help=text)
     command.add_argument("--weights", type=user_path, help="weights of 'export' (default: the package's)")
-    command.add_argument("--json", action="store_true", help="print a JSON object a line")
+    command.add_argument("--json", action="store_true", help="print a JSON object per line")
 
 
 def _names(text: str) -> list[str]:

@@ -68,8 +68,8 @@ def _evaluation_text(metrics: Metrics, pack: Pack, split: str) -> str:
 def evaluate_rows(run: str, rows: Sequence[str], pack: Pack, split: str, device: torch.device) -> list[Path]:
     """Evaluate every seed of rows of an ablation on a split, and the weights of the package.
 
-    The mean of the probabilities of the final recipe's seeds is a row of its own, ``final_mean``. Of the
-    files ``evaluation_<split>.csv`` has a line a network, ``evaluation_<split>_table.csv`` a line a row with
+    The mean of the probabilities of the final recipe's seeds is a row of its own, ``final_mean``. Files:
+    ``evaluation_<split>.csv`` has a line per network, ``evaluation_<split>_table.csv`` a line per row with
     its intervals and its paired difference from ``final``, ``evaluation_<split>_answers.csv`` the answers by
     track. `FmaNbError` when a row was not trained, or the split is not there.
     """

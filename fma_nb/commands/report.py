@@ -93,7 +93,7 @@ def _code_style() -> str:
 
 
 def _settings(shown: dict[str, Metrics]) -> pd.DataFrame:
-    """Return the training configurations, a line a model."""
+    """Return the training configurations, a line per model."""
     configs = [{"setting": name} | metrics["config"] for name, metrics in shown.items()]
     texts = [{key: str(value) for key, value in config.items() if key != "model"} for config in configs]
     return pd.DataFrame(texts).fillna("")

@@ -227,7 +227,7 @@ def _union(parts: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def write_csv(run: str, n_folds: int = 0) -> Path:
-    """Write ``ablation.csv`` or ``folds.csv``, a line a training, from the metrics of the finished rows."""
+    """Write ``ablation.csv`` or ``folds.csv``, a line per training, from the metrics of the finished rows."""
     name, columns, prefix = ("folds", FOLD_COLUMNS, "") if n_folds else ("ablation", CSV_COLUMNS, "val_")
     lines = []
     for row in ALL_ROWS:

@@ -139,7 +139,7 @@ def write_log_row(path: Path, row: dict[str, float]) -> None:
 
 
 def read_log(run: str, model: str, seeds: Iterable[int] | None = None) -> pd.DataFrame:
-    """Read the log of all or some seeds of a model: a row an epoch, from 0, columns `LOG_COLUMNS`."""
+    """Read the log of all or some seeds of a model: a row per epoch, from 0, columns `LOG_COLUMNS`."""
     rows = load_log(run_files(run, model, 0, 0).log)  # all seeds share it
     return rows if seeds is None else rows[rows["seed"].isin(list(seeds))]
 

@@ -45,7 +45,7 @@ def fit(
     Best is the higher validation accuracy, then the lower loss. Goes on from ``files.last`` when that was
     made by the same recipe on the same data, and trains nothing when it is complete; otherwise starts over.
     Returns the model with its best weights, or with ``last_epoch`` those after the last epoch; the best
-    epoch, counted from 1; and the log, a row an epoch. Raises `FmaNbError` when a split is empty, a file
+    epoch, counted from 1; and the log, a row per epoch. Raises `FmaNbError` when a split is empty, a file
     cannot be read or written, or the loss is no number.
     """
     clips = {name: SpectrogramDataset(pack.split(name), device) for name in ("train", "val")}

@@ -12,7 +12,7 @@ from fma_nb.project import atomic_path
 
 
 def comparison_table(found: dict[str, Metrics], reference: str, split: str) -> pd.DataFrame:
-    """Compare models with a reference among them, on the same tracks; return a line a model.
+    """Compare models with a reference among them, on the same tracks; return a line per model.
 
     Columns are ``row, seeds``; ``accuracy`` and ``balanced_accuracy``, with artists weighted equally; their
     ``difference`` and ``balanced_difference`` from the reference; all with the 95 % interval of
@@ -48,7 +48,7 @@ def _spread(metrics: Metrics, split: str, score: str) -> float:
 
 
 def answer_table(found: dict[str, Metrics], split: str) -> pd.DataFrame:
-    """Return a line a track: its id, and for each model and seed the number of the genre it answered."""
+    """Return a line per track: its id, and for each model and seed the number of the genre it answered."""
     answers = {}
     for row, metrics in found.items():
         for result in metrics["seeds"]:
