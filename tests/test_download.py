@@ -749,6 +749,21 @@ def test_killed_extraction_goes_on_without_redoing_finished_members(raw, tmp_pat
     assert_complete(raw, members, body)
 
 
+def test_folders_that_are_links_to_another_disk_are_not_unpacked_again(raw, tmp_path):
+    path = tmp_path / ZIP
+    body = make_zip(path, make_members(n_bytes=20_000))
+    folder = download(archive_of(body), archive_path=path)
+    (raw / f"{NAME}.json").unlink()
+    below = sorted(child for child in folder.iterdir() if child.is_dir())
+    assert below
+    for child in below:
+        child.rename(tmp_path / child.name)
+        child.symlink_to(tmp_path / child.name)
+    before = {file: file.stat().st_mtime_ns for child in below for file in child.iterdir()}
+    download(archive_of(body), archive_path=path)
+    assert before and before == {file: file.stat().st_mtime_ns for file in before}
+
+
 def clips_in(times: dict[str, int]) -> list[str]:
     return [name.removeprefix(f"{NAME}/") for name in times]
 

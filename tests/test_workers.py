@@ -330,7 +330,9 @@ def test_a_hanging_and_a_crashing_clip_cost_only_themselves(scheduler: str) -> N
     check_outcomes(outcomes, "no result within 20 s")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("the disk is full")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), OSError("the disk is full"), OSError("/mnt/deserialization/x")]
+)
 @pytest.mark.usefixtures("two_workers")
 def test_what_the_work_raises_on_a_cluster_is_not_taken_for_the_clusters_fault(
     scheduler: str, error: Exception

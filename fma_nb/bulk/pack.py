@@ -147,7 +147,7 @@ def _write_images(path: Path, rows: pd.DataFrame, shape: tuple[int, ...], digest
     with path.open("wb") as file:
         write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for row in rows.itertuples():
-            image = read_png(row.png)
+            image = read_png(row.png)[:, : shape[2]]
             # A shorter clip is repeated from its start: zeros would add a silence.
             pixels = np.pad(image, ((0, 0), (0, shape[2] - image.shape[1])), mode="wrap").tobytes()
             digest.update(f"{row.track_id}/{row.split}/{row.genre}".encode())

@@ -265,7 +265,7 @@ def _outcome(future: Any) -> str | None:
         return CRASHED
     if isinstance(error, MemoryError):
         return NO_MEMORY
-    if isinstance(error, ImportError) or "deserialization" in str(error):
+    if isinstance(error, ImportError) or (type(error) is RuntimeError and "deserialization" in str(error)):
         raise FmaNbError(
             "the cluster cannot load this package: install the same version of fma-nb on its scheduler "
             "and its workers, then run the same command again."

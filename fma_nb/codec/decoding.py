@@ -55,7 +55,7 @@ class AudioFile:
 
     def __init__(self, file: io.FileIO) -> None:
         self._file, self._n_read = file, 0
-        self._sound, self.promised = _open_sound(file)
+        self._sound, self.promised, self._is_mpeg = _open_sound(file)
         self.sample_rate: int = self._sound.samplerate
         self.n_channels: int = self._sound.channels
 
@@ -79,7 +79,7 @@ class AudioFile:
 
     def _resume(self) -> bool:
         """Go on behind a hole in an MP3; return False at the end."""
-        if self._sound.format != "MP3" or self._n_read == self.promised:
+        if not self._is_mpeg or self._n_read == self.promised:
             return False
         # The decoder has read four bytes of what it does not go on with.
         position = _find_frame(self._file, self._file.tell() - 4)
@@ -103,14 +103,14 @@ def _decode(sound: sf.SoundFile, block: Samples) -> int:
         return max(n_reached - 1, 0) * MARK_STEP
 
 
-def _open_sound(file: io.FileIO) -> tuple[sf.SoundFile, int | None]:
-    """Return a file's decoder, and the number of samples that the file promises."""
+def _open_sound(file: io.FileIO) -> tuple[sf.SoundFile, int | None, bool]:
+    """Return a file's decoder, the number of samples that it promises, and whether it has MP3 frames."""
     head, begin, size = file.read(12), _after_id3(file), os.fstat(file.fileno()).st_size
     is_mpeg = _begins_at(file, begin)
     if not is_mpeg and not head.startswith(b"\xff"):  # broken MP3s make the decoder write to the terminal
         with contextlib.suppress(sf.LibsndfileError):
             sound = _decoder(file)
-            return sound, _promised(sound.frames, head, size)
+            return sound, _promised(sound.frames, head, size), False
     start = begin if is_mpeg else _find_frame(file, begin)
     if start is None:
         kind = next((kind for kind, begin in NOT_READ.items() if re.match(begin, head, re.DOTALL)), None)
@@ -120,11 +120,11 @@ def _open_sound(file: io.FileIO) -> tuple[sf.SoundFile, int | None]:
         # MP3s joined: the promise is that of the first alone.
         start, end = start + _frame_size(file, start), None
     if end is None:
-        return _decoder(_Stream(file, start, ENDLESS)), None
+        return _decoder(_Stream(file, start, ENDLESS)), None, True
     # Where all is in order libsndfile reads by itself, which is 5 % faster.
     in_order = is_mpeg and 0 <= size - end <= ID3V1_BYTES
     sound = _decoder(file if in_order else _Stream(file, start, end - start))
-    return sound, sound.frames
+    return sound, sound.frames, True
 
 
 def _promised(n_samples: int, head: bytes, size: int) -> int | None:

@@ -243,8 +243,8 @@ def extract(zip_path: Path, folder: Path) -> int:
             members = [member for member in archive.infolist() if not member.is_dir()]
             for member in members:
                 _check_member(member, folder.name, zip_path)
-            there = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-            missing = [m for m in members if there.get(folder.parent / m.filename) != m.file_size]
+            paths = {member: folder.parent / member.filename for member in members}
+            missing = [m for m, p in paths.items() if not (p.is_file() and p.stat().st_size == m.file_size)]
             n_bytes = sum(member.file_size for member in missing)
             make_folder(folder)
             _check_free_space(folder, n_bytes, str(zip_path))

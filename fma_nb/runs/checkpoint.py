@@ -22,7 +22,7 @@ from fma_nb.recipe import Recipe
 from fma_nb.spectrogram import PRESETS
 from fma_nb.training import to_device
 
-# What every checkpoint holds; `fma_nb.runs.experiment` adds more.
+# What every checkpoint holds; `fma_nb.runs.fit` adds more.
 CONTENT = dict(epoch=int, model_state=dict, config=dict, genres=list, preset=str, image_shape=list)
 MAX_FRAMES = 100_000  # 39 minutes of the `full` preset; a damaged file may ask for more than fits into memory
 LOG_COLUMNS = ["seed", "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"]
